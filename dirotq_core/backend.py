@@ -1,0 +1,213 @@
+"""The diffusers backend: `DiffusersQuantizer` for ``quant_method="dirotq"``.
+
+Order of calls in `from_pretrained`: validate_environment, update_torch_dtype, maybe_update_loaded_keys,
+_process_model_before_weight_loading, update_missing_keys, per tensor check_if_quantized_param and
+create_quantized_param, _process_model_after_weight_loading.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from .build import assign, dequantize_linears, quantized_linears, replace_linears
+from .checkpoint import CheckpointError, check_names, check_tensor, expected_tensors
+from .config import DiRotQConfig
+from .layout import SitePlan, Spec, plan_sites
+from .linear import DiRotQLinear
+from .solve import solve_site
+
+logger = logging.getLogger(__name__)
+
+#: Float32 tensors that the loader must not cast to the compute dtype.
+KEEP_IN_FP32 = ("weight_scale", "smooth")
+
+
+class DiRotQQuantizer(DiffusersQuantizer):
+    """Loads DiRotQ checkpoints, and quantizes dense ones without data while they load."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+
+    def __init__(self, quantization_config: DiRotQConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        # A copy: a pipeline configuration hands one object to every load.
+        self.quantization_config = copy.deepcopy(quantization_config).resolved(calibrated=self.pre_quantized)
+        self.dtype = torch.bfloat16
+        self._device_map: dict | None = None
+        self._found: list[str] | None = None
+        self._spec: Spec = {}
+        self._plan_of: dict[str, SitePlan] = {}
+        self._made: dict[str, DiRotQLinear] = {}
+
+    # --- before loading ---
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        self._device_map = device_map if isinstance(device_map, dict) else None
+        if not self.pre_quantized and self._device_map and "disk" in self._device_map.values():
+            raise ValueError(
+                "quantizing while loading cannot offload to disk: save the quantized model first "
+                "(save_pretrained), then load that with this device_map"
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        self.dtype = torch_dtype or torch.bfloat16
+        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"torch_dtype must be bfloat16, float16 or float32 for dirotq, got {torch_dtype}")
+        return self.dtype
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, Any]:
+        """Sizes for an automatic device map: what is quantized while it loads will take 4 bits, not 16."""
+        from accelerate.utils import CustomDtype
+
+        sizes = super().get_special_dtypes_update(model, torch_dtype)
+        if not self.pre_quantized:
+            sizes |= {f"{name}.weight": CustomDtype.INT4 for name in self._plan_of}
+        return sizes
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._found = list(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        plans = plan_sites(model, config)
+        self._plan_of = {n: p for p in plans for n in p.linears}
+        if self.pre_quantized:
+            biases = {n: model.get_submodule(n).bias is not None for n in self._plan_of}
+            self._spec = expected_tensors(plans, biases)
+            self._made = replace_linears(model, plans, config, self.dtype)
+            # The loader's own list, which it consults per tensor; a class's list is not ours to change.
+            if keep_in_fp32_modules is not None and keep_in_fp32_modules is not type(model)._keep_in_fp32_modules:
+                keep_in_fp32_modules.extend(KEEP_IN_FP32)
+        else:
+            logger.warning(
+                "dirotq quantizes %s without calibration data: Hadamard rotation, rounding to nearest, %d-bit "
+                "activations. dirotq.quantize(pipeline, prompts=…) gives better images.",
+                type(model).__name__, config.activation_bits,
+            )  # fmt: skip
+            # The dense skeleton stays until each weight arrives; these modules then take its place.
+            skeleton = copy.deepcopy(model)
+            self._made = replace_linears(skeleton, plans, config, self.dtype)
+        model.register_to_config(quantization_config=config)
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized and self._found is not None:
+            check_names(self._found, model.state_dict().keys())
+        return missing_keys
+
+    # --- per tensor ---
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        if self.pre_quantized:
+            return param_name in self._spec
+        return param_name.endswith(".weight") and param_name[: -len(".weight")] in self._plan_of
+
+    def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor) -> bool:
+        check_tensor(param_name, loaded_param, *self._spec[param_name])
+        return True
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, target_device: torch.device | str,
+        state_dict: dict[str, Any], unexpected_keys: list[str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        owner, _, leaf = param_name.rpartition(".")
+        stored = state_dict[param_name]  # the loader has cast `param_value`
+        if not self.pre_quantized:
+            self._quantize_on_the_fly(model, owner, stored, target_device)
+            return
+        check_tensor(param_name, stored, *self._spec[param_name])
+        assign(model.get_submodule(owner), {leaf: (param_value if leaf == "bias" else stored).to(target_device)})
+
+    def _quantize_on_the_fly(
+        self, model: nn.Module, name: str, weight: torch.Tensor, device: torch.device | str
+    ) -> None:
+        plan, module, dense = self._plan_of[name], self._made[name], model.get_submodule(name)
+        one = SitePlan(**{**plan.__dict__, "linears": (name,), "out_features": (module.out_features,)})
+        compute = "cuda" if torch.cuda.is_available() else "cpu"
+        solved = solve_site(one, self.quantization_config, [weight.to(compute)], None)
+        assign(module, {k: t.to(device) for k, t in solved.linears[0].items()})
+        site = self._made[plan.owner].site
+        if any(p.is_meta for p in site.parameters()):
+            assign(site, {k: t.to(device) for k, t in solved.site.items()})
+        if dense.bias is not None and not dense.bias.is_meta:
+            assign(module, {"bias": dense.bias.data})
+        model.set_submodule(name, module)
+
+    # --- after loading ---
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not (self._device_map and "disk" in self._device_map.values()):
+            empty = [n for n, p in model.named_parameters() if p.is_meta]
+            if empty:
+                raise CheckpointError(f"checkpoint lacks {len(empty)} tensors, among them {empty[0]!r}")
+        self._found, self._spec, self._plan_of, self._made = None, {}, {}, {}
+        _finish(model)
+        return model
+
+    # --- properties and the way back ---
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """The loader reserves elements / factor of the compute dtype: packed bytes, or 4 bits a weight to be."""
+        return 2 if self.pre_quantized else 4
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if not safe_serialization:
+            raise ValueError("dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False")
+        if any(".base_layer." in name for name in state_dict):
+            raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
+        return state_dict, {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dequantize_linears(model, model.dtype)
+        # The base class forgets the quantizer but not this; the next save would claim to be quantized.
+        model._internal_dict = type(model._internal_dict)(
+            {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
+        )
+        if hasattr(model, "quantization_method"):
+            del model.quantization_method
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained: gradients pass through the quantized linears to their inputs."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _finish(model: nn.Module) -> None:
+    """What a quantized model needs besides its modules."""
+    # Layerwise casting would store scales and biases of nn.Linear subclasses in float8.
+    patterns = tuple(getattr(model, "_skip_layerwise_casting_patterns", None) or ())
+    names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
+    model._skip_layerwise_casting_patterns = patterns + names
+
+
+def attach_quantizer(model: Any, config: DiRotQConfig, dtype: torch.dtype) -> None:
+    """Mark a model quantized in memory so that diffusers saves and treats it like a loaded one."""
+    quantizer = DiRotQQuantizer(config, pre_quantized=True)
+    quantizer.dtype = dtype
+    model.register_to_config(quantization_config=quantizer.quantization_config)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    _finish(model)

@@ -1,0 +1,100 @@
+"""Putting quantized modules into a model, and taking them out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .config import DiRotQConfig
+from .layout import SitePlan
+from .linear import DiRotQLinear, InputSite, SiteMemo
+from .solve import SolvedSite
+
+
+def activation_for(config: DiRotQConfig, plan: SitePlan) -> str | None:
+    """The activation format the site starts with; None for weight-only sites."""
+    return config.activation(config.activation_bits or 4) if plan.quantize_input else None
+
+
+def replace_linears(
+    model: nn.Module, plans: list[SitePlan], config: DiRotQConfig, dtype: torch.dtype,
+    device: torch.device | str = "meta",
+) -> dict[str, DiRotQLinear]:  # fmt: skip
+    """Swap every planned linear of `model` for an empty `DiRotQLinear` on `device`; returns them by name."""
+    memo = SiteMemo()
+    made = {}
+    for plan in plans:
+        made |= {n: m for n, m in zip(plan.linears, _site_modules(model, plan, config, memo, dtype, device), strict=True)}
+    for name, module in made.items():
+        model.set_submodule(name, module)
+    return made
+
+
+def _site_modules(
+    model: nn.Module, plan: SitePlan, config: DiRotQConfig, memo: SiteMemo, dtype: torch.dtype,
+    device: torch.device | str,
+) -> list[DiRotQLinear]:  # fmt: skip
+    site = InputSite(plan, activation_for(config, plan), memo, device)
+    return [
+        DiRotQLinear(plan, i, site, model.get_submodule(n).bias is not None, dtype, device)
+        for i, n in enumerate(plan.linears)
+    ]
+
+
+def install_site(model: nn.Module, plan: SitePlan, solved: SolvedSite, config: DiRotQConfig, memo: SiteMemo) -> None:
+    """Replace the dense linears of one site by quantized ones holding `solved`, on the linears' own devices."""
+    dense = [model.get_submodule(n) for n in plan.linears]
+    modules = _site_modules(model, plan, config, memo, dense[0].weight.dtype, "meta")
+    for old, new, tensors in zip(dense, modules, solved.linears, strict=True):
+        assign(new, {k: t.to(old.weight.device) for k, t in tensors.items()})
+        if old.bias is not None:
+            assign(new, {"bias": old.bias.data})
+        new.train(old.training)
+    assign(modules[0].site, {k: t.to(dense[0].weight.device) for k, t in solved.site.items()})
+    for name, module in zip(plan.linears, modules, strict=True):
+        model.set_submodule(name, module)
+
+
+def assign(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Set parameters of a quantized module, frozen."""
+    for name, tensor in tensors.items():
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def quantized_linears(model: nn.Module) -> dict[str, DiRotQLinear]:
+    """All `DiRotQLinear` of a model by full name, in module order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, DiRotQLinear)}
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """Run the quantized linears of a model (or of a pipeline's transformer) with 4-, 8- or 16-bit activations.
+
+    A run-time choice on one and the same checkpoint: weights are untouched. Weight-only linears stay at 16.
+
+    Raises:
+        ValueError: `bits` is none of these, or nothing in `model` is quantized.
+    """
+    from .config import ACTIVATION_BITS
+
+    if bits not in ACTIVATION_BITS:
+        raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS}, got {bits!r}")
+    model = getattr(model, "transformer", model)
+    linears = quantized_linears(model)
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no DiRotQ linears; quantize or load it first")
+    config: DiRotQConfig = model.hf_quantizer.quantization_config
+    for module in linears.values():
+        if module.plan.quantize_input:
+            module.site.activation = config.activation(bits)
+    config.activation_bits = bits
+
+
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every `DiRotQLinear` by the dense `nn.Linear` it stands for, in `dtype`."""
+    for name, module in quantized_linears(model).items():
+        weight = module.dequantized_weight()
+        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta", dtype)
+        dense.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if module.bias is not None:
+            dense.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
+        model.set_submodule(name, dense)

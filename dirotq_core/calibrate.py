@@ -1,0 +1,81 @@
+"""Statistics of a transformer's inputs, gathered by really running its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .layout import SitePlan
+from .moments import SecondMoment
+
+#: Tokens kept per site, of held-out prompts, to measure the output error on.
+HELD_OUT_TOKENS = 512
+#: One prompt in this many is held out of the statistics.
+HELD_OUT_EVERY = 8
+
+
+class Calibration:
+    """Second moments and held-out tokens of every site of a model.
+
+    Attributes:
+        moments: per site owner, `SecondMoment`. held_out: per site owner, tokens [≤ 512, K] in the model's dtype.
+    """
+
+    def __init__(self, model: torch.nn.Module, plans: Sequence[SitePlan]):
+        self.model = model
+        self.plans = plans
+        self.moments = {p.owner: SecondMoment(p.in_features, diagonal=p.transform is None) for p in plans}
+        self._kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
+        self._holding_out = False
+        self._rows_per_call = HELD_OUT_TOKENS
+
+    @property
+    def held_out(self) -> dict[str, torch.Tensor]:
+        return {name: torch.cat(rows)[:HELD_OUT_TOKENS] for name, rows in self._kept.items() if rows}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Observe the model's inputs inside the block; the hooks are gone afterwards, whatever happens."""
+        handles = [
+            self.model.get_submodule(p.owner).register_forward_pre_hook(self._observer(p.owner)) for p in self.plans
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _observer(self, owner: str):
+        def observe(module: torch.nn.Module, args: tuple) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            if not self._holding_out:
+                self.moments[owner].update(x)
+                return
+            # Evenly spaced rows of every call, so that all timesteps and both guidance halves are represented.
+            rows = torch.linspace(0, len(x) - 1, min(self._rows_per_call, len(x))).long()
+            self._kept[owner].append(x[rows.to(x.device)].cpu())
+
+        return observe
+
+    @torch.no_grad()
+    def run(self, pipeline: Any, prompts: Sequence[str], call: dict[str, Any], seed: int, progress: bool) -> None:
+        """Draw every prompt with seed `seed` + its index. The last eighth of the prompts is held out."""
+        held = len(prompts) // HELD_OUT_EVERY if len(prompts) > 1 else 0
+        held = max(held, 1 if len(prompts) > 1 else 0)
+        steps = int(call.get("num_inference_steps", 20))
+        self._rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * steps)))
+        bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=not progress)
+        quiet = getattr(pipeline, "_progress_bar_config", {})
+        pipeline.set_progress_bar_config(disable=True)
+        try:
+            with self.recording():
+                for i, prompt in enumerate(bar):
+                    self._holding_out = i >= len(prompts) - held
+                    generator = torch.Generator("cpu").manual_seed(seed + i)
+                    pipeline(prompt, generator=generator, output_type="latent", **call)
+        finally:
+            pipeline.set_progress_bar_config(**quiet)

@@ -1,0 +1,77 @@
+"""4-bit weight formats: a table of 16 integers and how its scales are laid out.
+
+A dequantized weight is ``table[code] * scale``. Tables hold integers that int8 represents exactly (the default
+one also float8 e4m3), so a checkpoint multiplies exactly on 8-bit tensor cores (docs/how-it-works.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..kernels import CODEBOOK16, INT4
+
+GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One weight format.
+
+    Attributes:
+        name: key in `WEIGHT_FORMATS`, stored in checkpoints.
+        table: 16 integers in [-127, 127]; code c stands for ``table[c]``.
+        rms: the root mean square of the table's values under a unit Gaussian input, in table units: a row of
+            standard deviation σ gets scale σ / rms before any search.
+        grouped: one scale per row and 64 columns instead of one per row.
+    """
+
+    name: str
+    table: tuple[int, ...] = field(repr=False)
+    rms: float
+    grouped: bool
+
+    @cached_property
+    def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        table = torch.tensor(self.table, dtype=torch.float32)
+        values, codes = table.sort()
+        return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8)
+
+    def encode(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 of the nearest table entries to `scaled` (any shape, in table units)."""
+        midpoints, codes = self._order
+        index = torch.bucketize(scaled.float(), midpoints.to(scaled.device))
+        return codes.to(scaled.device)[index]
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Table entries of `codes` (any shape, uint8) as `dtype`, in table units."""
+        return torch.tensor(self.table, dtype=dtype, device=codes.device)[codes.long()]
+
+    def scale_columns(self, in_features: int) -> int:
+        """How many scales a row of `in_features` columns has."""
+        return in_features // GROUP_SIZE if self.grouped else 1
+
+    def expand(self, scale: torch.Tensor, in_features: int) -> torch.Tensor:
+        """Scales [N, G] repeated to one per column, [N, in_features]."""
+        return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
+
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    f.name: f
+    for f in (
+        # ±{4, 13, 22, 32, 44, 56, 72, 96} / 36: within 0.05 dB of Lloyd-Max on a Gaussian.
+        WeightFormat("codebook", tuple(CODEBOOK16), 36.0, grouped=False),
+        WeightFormat("codebook_g64", tuple(CODEBOOK16), 36.0, grouped=True),
+        # Two's complement −8..7, as integer GEMMs and the published checkpoints have it.
+        WeightFormat("int4_g64", tuple(INT4), 7 / 2.6, grouped=True),
+    )
+}
+
+
+def weight_format(name: str) -> WeightFormat:
+    """The format called `name`; ValueError names the known ones."""
+    if name not in WEIGHT_FORMATS:
+        raise ValueError(f"unknown weight format {name!r}; known: {', '.join(WEIGHT_FORMATS)}")
+    return WEIGHT_FORMATS[name]

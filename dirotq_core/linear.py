@@ -1,0 +1,201 @@
+"""The quantized linear and the input site it shares with its siblings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..kernels import ops
+from .activations import ACTIVATION_FORMATS, fake_quantize
+from .layout import SitePlan, Spec
+from .transforms import hadamard_block
+
+
+class SiteOutput(NamedTuple):
+    """What siblings share of one input x [M, K].
+
+    a: int8 lattice codes [M, K'], or the 4-bit part in x's dtype where no fused kernel applies.
+    scale: float32 [M] of the codes, None with a float `a`. z: bfloat16 [M, r], the 16-bit part.
+    """
+
+    a: torch.Tensor
+    scale: torch.Tensor | None
+    z: torch.Tensor | None
+
+
+class SiteMemo:
+    """One slot per model for the last site's result.
+
+    Siblings are called one after the other with the same tensor, so one slot is enough, and it bounds what stays
+    alive when a custom attention processor skips a sibling.
+    """
+
+    __slots__ = ("entry",)
+
+    def __init__(self) -> None:
+        self.entry: tuple | None = None
+
+
+def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
+    return {
+        name: nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        for name, (shape, dtype) in spec.items()
+    }
+
+
+class InputSite(nn.Module):
+    """Rotates and quantizes an input once for all linears that read it.
+
+    Parameters are those of `SitePlan.site_spec`: `basis` bfloat16 [K, r], `signs` int8 [K], …
+
+    Args:
+        plan: the site. activation: key of `ACTIVATION_FORMATS`, None for 16-bit activations. memo: the model's slot.
+    """
+
+    def __init__(self, plan: SitePlan, activation: str | None, memo: SiteMemo, device: torch.device | str = "meta"):
+        super().__init__()
+        self.plan = plan
+        self.activation = activation if plan.quantize_input else None
+        self.memo = memo
+        self.block = hadamard_block(plan.in_features)
+        for name, parameter in _empty(plan.site_spec(), device).items():
+            self.register_parameter(name, parameter)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.plan.in_features}, rank={self.plan.rank}, activation={self.activation}"
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """A site tensor, None if this site has none of that name."""
+        return self._parameters.get(name)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the op `rotate_quantize` computes this site."""
+        return self.activation is not None and ACTIVATION_FORMATS[self.activation].lattice
+
+    def forward(self, x: torch.Tensor) -> SiteOutput:
+        """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once."""
+        users = len(self.plan.linears)
+        if users == 1:
+            return self.compute(x)
+        # An input changed in place between siblings must not be taken for the old one.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        entry = self.memo.entry
+        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == version:
+            left = entry[4] - 1
+            self.memo.entry = (self, x, version, entry[3], left) if left else None
+            return entry[3]
+        out = self.compute(x)
+        self.memo.entry = (self, x, version, out, users - 1)
+        return out
+
+    def compute(self, x: torch.Tensor) -> SiteOutput:
+        x = x.reshape(-1, x.shape[-1])
+        if self.fused:
+            basis, signs = self.tensor("basis"), self.tensor("signs")
+            codes, scale, z = ops.rotate_quantize(x, basis, signs, self.block, self.activation)
+            return SiteOutput(codes, scale, z if self.plan.rank else None)
+        v, z = self.transform(x)
+        if self.activation is not None:
+            v = fake_quantize(v, ACTIVATION_FORMATS[self.activation])
+        return SiteOutput(v, None, z if self.plan.rank else None)
+
+    def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
+        transform = self.plan.transform
+        if transform is None:
+            return x, x.new_zeros(len(x), 0, dtype=torch.bfloat16)
+        if transform.kernel:
+            return ops.rotate(x, self.tensor("basis"), self.tensor("signs"), self.block)
+        v, z = transform.apply(x, dict(self._parameters))
+        return v, z.to(torch.bfloat16)
+
+
+class DiRotQLinear(nn.Linear):
+    """A linear with packed 4-bit weights: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b.
+
+    A subclass of `nn.Linear`, so that PEFT and diffusers treat it as one. `weight` is uint8 [N, K'/2], column 2j in
+    the low nibble; `weight_scale`, `low_rank` and `bias` as in `SitePlan.linear_spec`.
+
+    Args:
+        plan: the linear's site. index: which of its linears this is. site: shared with the siblings.
+        bias: whether it has one, of dtype `dtype`.
+    """
+
+    def __init__(
+        self, plan: SitePlan, index: int, site: InputSite, bias: bool,
+        dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "meta",
+    ):  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plan.in_features, plan.out_features[index]
+        self.plan = plan
+        self.table = list(plan.format.table)
+        self.compute_dtype = dtype  # PEFT casts a LoRA's input to it
+        parameters = _empty(plan.linear_spec(self.out_features), device)
+        if bias:
+            parameters["bias"] = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), False)
+        # ModelMixin.dtype is the first floating parameter: bias and low_rank before the float32 scale.
+        for name in ("weight", "bias", "low_rank", "weight_scale"):
+            self.register_parameter(name, parameters.get(name))
+        # Only the owner's state dict holds the site; the siblings must not register it a second time.
+        if index == 0:
+            self.input_site = site
+        else:
+            self._shared_site = [site]
+
+    @property
+    def site(self) -> InputSite:
+        return self._modules["input_site"] if "input_site" in self._modules else self._shared_site[0]
+
+    def extra_repr(self) -> str:
+        kind = f"W4A{self.activation_bits}"
+        return f"{self.in_features}, {self.out_features}, {kind}, rank={self.plan.rank}, bias={self.bias is not None}"
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the activations at present: 4, 8 or 16."""
+        name = self.site.activation
+        return 16 if name is None else ACTIVATION_FORMATS[name].bits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype."""
+        site = self.site
+        if site.fused and torch.is_grad_enabled() and x.requires_grad:
+            # Integer codes carry no gradient; this op does, with the straight-through estimator.
+            y = ops.linear(
+                x.reshape(-1, self.in_features), site.tensor("basis"), site.tensor("signs"), site.block,
+                site.activation, self.weight, self.weight_scale, self.low_rank, self.bias, self.table,
+            )  # fmt: skip
+        elif site.fused:
+            out = site(x)
+            y = ops.linear_a8(
+                out.a, out.scale, out.z, self.weight, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
+            )
+        else:
+            out = site(x)
+            scale = self.weight_scale.float().reshape(self.out_features, -1)
+            y = ops.linear_a16(out.a, out.z, self.weight, scale, self.low_rank, self.bias, self.table)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def dequantized_weight(self) -> torch.Tensor:
+        """The dense W [N, K] this linear stands for (with 16-bit activations), float32.
+
+        y is linear in x then, so W is the output on the identity's rows, transposed.
+        """
+        from ..kernels import unpack_int4
+
+        fmt, plan = self.plan.format, self.plan
+        w = fmt.decode(unpack_int4(self.weight)) * fmt.expand(
+            self.weight_scale.float().reshape(self.out_features, -1), plan.low_features
+        )
+        if plan.transform is None:
+            return w
+        tensors = {k: v for k, v in self.site._parameters.items() if v is not None}
+        v, z = plan.transform.apply(torch.eye(plan.in_features, device=w.device), tensors)
+        dense = v @ w.T
+        if self.low_rank is not None:
+            dense += z @ self.low_rank.float().T
+        return dense.T

@@ -1,0 +1,89 @@
+"""Quantization methods as data: transform × weight format × activation formats × rounding.
+
+A new method is a row here (and, if it brings one, a transform); kernels, checkpoints, the diffusers backend and the
+ComfyUI nodes read the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .activations import ACTIVATION_FORMATS
+from .codebooks import weight_format
+from .transforms import TRANSFORMS
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        transform: key of `TRANSFORMS`. weight_format: key of `WEIGHT_FORMATS`.
+        activations: activation bits → key of `ACTIVATION_FORMATS`; 16 needs no entry.
+        rounding: "nearest" or "gptq" when calibrated; without calibration always "nearest".
+        rank: default r; None means `high_fraction` of the width.
+        basis: how the 16-bit subspace is found, "pca" or "joint".
+        needs_calibration: cannot be made without activations.
+        source: where the construction is published.
+    """
+
+    transform: str
+    weight_format: str
+    activations: Mapping[int, str]
+    rounding: str
+    source: str
+    rank: int | None = None
+    high_fraction: float | None = None
+    basis: str = "pca"
+    needs_calibration: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernels run it: a kernel transform, one weight scale per row, codes on the int8 lattice."""
+        return TRANSFORMS[self.transform].kernel and not weight_format(self.weight_format).grouped
+
+
+METHODS: dict[str, Method] = {
+    "dirotq": Method(
+        "subspace_hadamard", "codebook", {4: "int4", 8: "int8"}, "gptq", rank=64, basis="joint",
+        source="DiRotQ's subspace (arXiv 2605.16732) without the dense rotation; docs/how-it-works.md",
+    ),
+    "paper": Method(
+        "dense_pca", "int4_g64", {4: "asym_g64", 8: "asym_g64_8"}, "gptq", high_fraction=0.125,
+        needs_calibration=True, source="DiRotQ as published, arXiv 2605.16732",
+    ),
+    "hadamard": Method(
+        "subspace_hadamard", "codebook", {4: "codebook", 8: "int8"}, "nearest", rank=0,
+        source="randomized block Hadamard, QuaRot (arXiv 2404.00456)",
+    ),
+    "svdquant": Method(
+        "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
+        source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",
+    ),
+    "rtn": Method(
+        "identity", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=0,
+        source="round to nearest, groups of 64 on both sides",
+    ),
+}  # fmt: skip
+
+
+def method(name: str) -> Method:
+    """The method called `name`; ValueError names the known ones."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def check_activation(name: str, method_name: str, bits: int) -> None:
+    """Raise ValueError unless activation format `name` has `bits` bits and can run under the method."""
+    known = ACTIVATION_FORMATS
+    if name not in known:
+        raise ValueError(f"unknown activation_format {name!r}; known: {', '.join(known)}")
+    if known[name].bits != bits:
+        raise ValueError(f"activation_format {name!r} has {known[name].bits} bits, activation_bits is {bits}")
+    if known[name].lattice and not method(method_name).fused:
+        raise ValueError(
+            f"activation_format {name!r} needs one weight scale per row and a Hadamard transform; "
+            f"method {method_name!r} has neither or only one of them"
+        )

@@ -1,0 +1,117 @@
+"""`dirotq.quantize`: calibrate a pipeline in memory and quantize its transformer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .backend import attach_quantizer
+from .build import install_site, quantized_linears
+from .calibrate import Calibration
+from .config import DiRotQConfig
+from .layout import SitePlan, plan_sites
+from .linear import SiteMemo
+from .report import QuantizationReport
+from .solve import SolvedSite, solve_site
+
+logger = logging.getLogger(__name__)
+
+
+def quantize(
+    pipeline: Any,
+    config: DiRotQConfig | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    call: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize `pipeline.transformer` in place, calibrated on `prompts`.
+
+    The pipeline is run on every prompt as a user would run it, second moments of each linear's input are gathered,
+    and each input site gets its basis and its rounded weights. The transformer is changed only at the end: an
+    error or an interrupt before leaves it as it was. Afterwards `pipeline.transformer.save_pretrained` writes a
+    checkpoint that `from_pretrained` loads.
+
+    Args:
+        pipeline: a diffusers pipeline with a transformer that has a recipe (FLUX.1, PixArt-Σ).
+        config: what to make; None for the default method.
+        prompts: calibration prompts; at least 16 are sensible. None or empty: data-free, as with `from_pretrained`.
+        call: keyword arguments of the pipeline's call, for example ``{"num_inference_steps": 20}``.
+        progress: show progress bars.
+
+    Returns:
+        The report, one row per linear.
+
+    Raises:
+        ValueError: no recipe for the transformer, it is quantized already, or the config asks for what is not there.
+    """
+    model = pipeline.transformer
+    if quantized_linears(model) or getattr(model, "is_quantized", False):
+        raise ValueError(f"{type(model).__name__} is quantized already; load the original weights first")
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of strings, got one string")
+    prompts = list(prompts or [])
+    config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
+    plans = plan_sites(model, config)
+    calibration = Calibration(model, plans)
+    if prompts:
+        calibration.run(pipeline, prompts, call or {}, config.seed, progress)
+    report, solved = solve_all(model, plans, config, calibration, progress)
+    install_all(model, plans, config, solved)
+    for note in report.notes():
+        logger.warning("%s", note)
+    return report
+
+
+def solve_all(
+    model: torch.nn.Module, plans: Sequence[SitePlan], config: DiRotQConfig, calibration: Calibration,
+    progress: bool = True,
+) -> tuple[QuantizationReport, list[SolvedSite]]:  # fmt: skip
+    """Solve every site from the gathered statistics; `model` is not changed."""
+    solved = []
+    report = QuantizationReport(config.method, config.activation_bits or 4)
+    held_out = calibration.held_out
+    for plan in tqdm(plans, desc="quantizing", unit="site", disable=not progress):
+        moment = calibration.moments[plan.owner]
+        weights = [model.get_submodule(n).weight.data for n in plan.linears]
+        mean = moment.mean() if moment.tokens else None
+        site = solve_site(plan, config, weights, mean, moment.tokens)
+        if plan.owner in held_out:
+            _measure(model, plan, config, site, held_out[plan.owner])
+        solved.append(site)
+        report.linears += site.reports
+    return report, solved
+
+
+def install_all(
+    model: torch.nn.Module, plans: Sequence[SitePlan], config: DiRotQConfig, solved: Sequence[SolvedSite]
+) -> None:
+    """Put solved sites into `model` and mark it as quantized for diffusers."""
+    memo = SiteMemo()
+    dtype = model.dtype
+    for plan, site in zip(plans, solved, strict=True):
+        install_site(model, plan, site, config, memo)
+    attach_quantizer(model, config, dtype)
+
+
+@torch.no_grad()
+def _measure(
+    model: torch.nn.Module, plan: SitePlan, config: DiRotQConfig, solved: SolvedSite, tokens: torch.Tensor
+) -> None:
+    """Fill in each report's output SQNR on held-out tokens [M, K], with the linear that will run."""
+    holder = torch.nn.ModuleDict()
+    names = [f"linear{i}" for i in range(len(plan.linears))]
+    for key, name in zip(names, plan.linears, strict=True):
+        holder[key] = model.get_submodule(name)
+    dense = dict(holder.items())
+    local = SitePlan(**{**plan.__dict__, "linears": tuple(names)})
+    install_site(holder, local, solved, config, SiteMemo())
+    for key, report in zip(names, solved.reports, strict=True):
+        x = tokens.to(dense[key].weight.device)
+        signal = dense[key](x).double()
+        noise = signal - holder[key](x).double()
+        report.output_db = float(10 * torch.log10(signal.square().sum() / noise.square().sum().clamp(min=1e-300)))

@@ -1,0 +1,93 @@
+"""Registration with diffusers, without importing it.
+
+diffusers' quantizer tables are dictionaries in `diffusers.quantizers.auto`, a module that pulls in transformers. So
+importing dirotq only leaves a note for the import system: when that module is loaded, add our row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+METHOD = "dirotq"
+TABLES = "diffusers.quantizers.auto"
+
+
+def register() -> None:
+    """Make diffusers know ``quant_method="dirotq"``, now or as soon as its tables are loaded. Idempotent."""
+    if TABLES in sys.modules and hasattr(sys.modules[TABLES], "AUTO_QUANTIZER_MAPPING"):
+        _add_rows(sys.modules[TABLES])
+    elif not any(isinstance(f, _Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != TABLES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, inner: Loader):
+        self._inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        _add_rows(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _add_rows(tables: ModuleType) -> None:
+    # The first copy of the package wins when pip's and ComfyUI's are in one process.
+    if METHOD in tables.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    loading = sys.modules.get(f"{__package__}.config")
+    if loading is not None and not hasattr(loading, "DiRotQConfig"):
+        return  # it is what made Python load the tables; it calls `register` when it is complete
+    from .config import DiRotQConfig
+
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DiRotQConfig
+    tables.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
+    _teach_pipeline_config(DiRotQConfig)
+
+
+def _quantizer(config: Any, **kwargs: Any) -> Any:
+    # A function in a table of classes: diffusers only calls it, and our modules need diffusers' to be complete.
+    from .backend import DiRotQQuantizer
+
+    return DiRotQQuantizer(config, **kwargs)
+
+
+def _teach_pipeline_config(config: type) -> None:
+    """Let ``PipelineQuantizationConfig(quant_backend="dirotq")`` through.
+
+    It wants the backend in transformers' table as well, with the same signature. transformers is loaded when that
+    table is asked for, so our row goes in just before; register_quantization_config refuses diffusers' classes.
+    """
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+    original = PipelineQuantizationConfig._get_quant_config_list
+
+    @functools.wraps(original)
+    def with_dirotq(self: Any) -> Any:
+        transformers_table, diffusers_table = original(self)
+        if transformers_table is not None:
+            transformers_table.setdefault(METHOD, config)
+        return transformers_table, diffusers_table
+
+    PipelineQuantizationConfig._get_quant_config_list = with_dirotq

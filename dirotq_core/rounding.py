@@ -1,0 +1,118 @@
+"""Rounding weights to a 4-bit format: scales, round to nearest, GPTQ."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from .codebooks import WeightFormat
+
+logger = logging.getLogger(__name__)
+
+#: Candidate factors on the initial scale, tried in `search_scales`.
+SCALE_FACTORS = (0.70, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18, 1.24)
+GPTQ_BLOCK = 128
+GPTQ_DAMPING = 0.01
+#: Damping is raised tenfold this often before GPTQ gives up on a matrix.
+GPTQ_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """codes uint8 [N, K], scale [N, G] float32; `fallback` says why GPTQ was not used or had to be damped more."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    fallback: str | None = None
+
+
+def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor | None) -> torch.Tensor:
+    """Scales [N, G] float32 that minimize Σ_k h_k (w_k − ŵ_k)² per row (and group) over a grid of factors.
+
+    Args:
+        w: [N, K]. importance: h [K], the second moment's diagonal, or None for equal weights.
+    """
+    n, k = w.shape
+    groups = fmt.scale_columns(k)
+    w = w.float().reshape(n, groups, -1)
+    h = w.new_ones(1) if importance is None else importance.to(w.device, torch.float32).reshape(1, groups, -1)
+    start = w.square().mean(-1, keepdim=True).sqrt() / fmt.rms
+    best_scale, best_error = start, torch.full_like(start, torch.inf)
+    for factor in SCALE_FACTORS:
+        scale = start * factor
+        error = (fmt.decode(fmt.encode(_divide(w, scale))) * scale - w).square().mul_(h).sum(-1, keepdim=True)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    return best_scale.squeeze(-1)
+
+
+def _divide(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # An all-zero row has scale zero; its codes must still be finite.
+    return torch.where(scale > 0, w / scale, torch.zeros_like(w))
+
+
+def round_nearest(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor | None = None) -> Rounded:
+    """Each weight to its nearest table entry, scales searched. w [N, K]."""
+    scale = search_scales(w, fmt, importance)
+    return Rounded(fmt.encode(_divide(w.float(), fmt.expand(scale, w.shape[1]))), scale)
+
+
+def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Rounded:
+    """GPTQ (arXiv 2210.17323) with act-order, damping 0.01, blocks of 128 and scales fixed beforehand.
+
+    Columns are rounded by descending diag(H); the error of each is compensated in those not yet rounded through
+    the Cholesky factor of the inverse Hessian. A Hessian that cannot be factorized is damped ten times more, up to
+    three times; after that the weights are rounded to nearest and the result says so.
+
+    Args:
+        w: [N, K]; the rows of all linears that share the input can be stacked.
+        moment: H [K, K], second moment of the input as the weights see it.
+    """
+    h = moment.to(w.device, torch.float64)
+    importance = h.diagonal().float()
+    factor, order, note = _inverse_cholesky(h)
+    if factor is None:
+        return Rounded(*_pair(round_nearest(w, fmt, importance)), fallback=note)
+    scale = search_scales(w, fmt, importance)
+    columns = fmt.expand(scale, w.shape[1])[:, order]
+    work = w.float()[:, order].clone()
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, work.shape[1], GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, work.shape[1])
+        block, u = work[:, start:stop], factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for i in range(stop - start):
+            column, s = block[:, i], columns[:, start + i]
+            code = fmt.encode(_divide(column, s))
+            codes[:, start + i] = code
+            errors[:, i] = (column - fmt.decode(code) * s) / u[i, i]
+            block[:, i + 1 :] -= torch.outer(errors[:, i], u[i, i + 1 :])
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    return Rounded(codes[:, order.argsort()], scale, note)
+
+
+def _pair(r: Rounded) -> tuple[torch.Tensor, torch.Tensor]:
+    return r.codes, r.scale
+
+
+def _inverse_cholesky(h: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, str | None]:
+    """Upper Cholesky factor of (H + damping)⁻¹ in act-order as float32, the order, and a note if it was hard."""
+    order = h.diagonal().argsort(descending=True, stable=True)
+    if not torch.isfinite(h).all():
+        return None, order, "second moment not finite; rounded to nearest"
+    h = h[order][:, order].clone()
+    mean = float(h.diagonal().mean())
+    if mean <= 0:
+        return None, order, "second moment is zero; rounded to nearest"
+    for attempt in range(GPTQ_RETRIES + 1):
+        damping = GPTQ_DAMPING * 10**attempt
+        damped = h.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0 and torch.isfinite(upper).all():
+                return upper.float(), order, f"damping raised to {damping:g}" if attempt else None
+    return None, order, f"no Cholesky factor up to damping {damping:g}; rounded to nearest"

@@ -1,0 +1,203 @@
+"""Input transforms: what a linear's input goes through before it is quantized.
+
+Each is a pair of functions over the tensors of an input site. ``prepare`` makes those tensors from statistics;
+``apply`` maps tokens x [M, K] to the 4-bit part v [M, K'] and the 16-bit part z [M, r]. Both are linear in x, and
+``fold`` gives the weights that undo them: x Wᵀ = z Lᵀ + v W_resᵀ, exactly (DiRotQ, arXiv 2605.16732).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import hadamard_matrix
+from .codebooks import GROUP_SIZE
+from .subspace import eigenvectors_ascending, joint_basis, pca_basis
+
+Tensors = dict[str, torch.Tensor]
+MAX_HADAMARD_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What is known of a site when its transform is made.
+
+    Attributes:
+        features: K. weights: the siblings' W [N, K]. seed: for random signs and rotations; results are stored.
+        moment: C [K, K], or None without calibration. rank: r, 0 for no 16-bit subspace. basis: "pca" or "joint".
+    """
+
+    features: int
+    weights: Sequence[torch.Tensor]
+    seed: int
+    rank: int
+    basis: str
+    moment: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """`prepare`, `apply`, `fold` as the module docstring says.
+
+    `kernel` says that the fused ops of `dirotq.kernels` compute `apply`; the others run as PyTorch operations.
+    `shapes(K, r)` gives the stored tensors' shapes, `low_features(K, r)` the width K' of v.
+    """
+
+    prepare: Callable[[SiteStatistics], Tensors]
+    apply: Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, torch.Tensor]]
+    fold: Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, torch.Tensor]]
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
+    low_features: Callable[[int, int], int]
+    kernel: bool
+    needs_moment: bool
+
+
+def hadamard_block(features: int) -> int:
+    """The largest power of two that divides K, at most 128."""
+    return min(features & -features, MAX_HADAMARD_BLOCK)
+
+
+def random_signs(features: int, seed: int) -> torch.Tensor:
+    """D: ±1 int8 [K]. Without it a constant component collapses into single Hadamard coefficients (13 dB)."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, (features,), generator=generator) * 2 - 1).to(torch.int8)
+
+
+def rotate_signed(v: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """v D H for rows v [M, K], H the normalized block-diagonal Hadamard."""
+    block = hadamard_block(v.shape[1])
+    h = hadamard_matrix(block, dtype=v.dtype, device=v.device)
+    return ((v * signs.to(v.device, v.dtype)).reshape(-1, block) @ h).reshape(v.shape)
+
+
+def _empty_z(x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(len(x), 0)
+
+
+# --- identity: plain round-to-nearest -------------------------------------------------------------------------
+
+
+def _prepare_identity(s: SiteStatistics) -> Tensors:
+    return {}
+
+
+def _apply_identity(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, _empty_z(x)
+
+
+# --- subspace + Hadamard: v = (x − zUᵀ) D H, z = xU; rank 0 is the plain Hadamard ---------------------------------
+
+
+def _prepare_hadamard(s: SiteStatistics) -> Tensors:
+    tensors = {"signs": random_signs(s.features, s.seed)}
+    if s.rank:
+        if s.moment is None:
+            raise ValueError(f"rank {s.rank} needs calibration data; without it the rank must be 0")
+        u = joint_basis(s.moment, s.weights, s.rank) if s.basis == "joint" else pca_basis(s.moment, s.rank)
+        tensors["basis"] = u.to(torch.bfloat16)
+    return tensors
+
+
+def _apply_hadamard(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    if "basis" not in t:
+        return rotate_signed(x, t["signs"]), _empty_z(x)
+    u = t["basis"].to(x.device, x.dtype)
+    z = x @ u
+    return rotate_signed(x - z @ u.T, t["signs"]), z
+
+
+def _fold_hadamard(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    if "basis" not in t:
+        return rotate_signed(w, t["signs"]), _empty_z(w)
+    u = t["basis"].to(w.device, w.dtype)
+    # Uᵀ's pseudo-inverse rather than U: bfloat16 rounding leaves U not quite orthonormal, and this keeps
+    # the factorization exact for the basis as stored.
+    low_rank = torch.linalg.solve(u.T @ u, (w @ u).T).T
+    return rotate_signed(w - low_rank @ u.T, t["signs"]), low_rank
+
+
+# --- dense PCA rotation, as published: [z, v] = x V R -------------------------------------------------------------
+
+
+def _prepare_dense(s: SiteStatistics) -> Tensors:
+    if s.moment is None:
+        raise ValueError("the published construction needs calibration data")
+    v = eigenvectors_ascending(s.moment)
+    low = s.features - s.rank
+    generator = torch.Generator().manual_seed(s.seed)
+    gaussian = torch.randn(low, low, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    rotation = (q * r.diagonal().sign()).to(v.device)  # Haar distributed
+    return {"rotation": (v[:, :low] @ rotation).to(torch.bfloat16), "basis": v[:, low:].to(torch.bfloat16)}
+
+
+def _apply_dense(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    return x @ t["rotation"].to(x.device, x.dtype), x @ t["basis"].to(x.device, x.dtype)
+
+
+# --- smoothing + SVD branch (SVDQuant, arXiv 2411.05007) ----------------------------------------------------------
+
+SMOOTHING_STRENGTH = 0.5
+
+
+def _prepare_smooth(s: SiteStatistics) -> Tensors:
+    w = torch.cat([w.double() for w in s.weights])
+    if s.moment is None:
+        raise ValueError("smoothing needs calibration data")
+    x_size = s.moment.double().diagonal().clamp(min=1e-12).sqrt().to(w.device)
+    w_size = w.abs().amax(0).clamp(min=1e-8)
+    smooth = x_size**SMOOTHING_STRENGTH / w_size ** (1 - SMOOTHING_STRENGTH)
+    smooth = (smooth / smooth.log().mean().exp()).float()
+    _, _, vh = torch.linalg.svd(w * smooth.double(), full_matrices=False)
+    return {"smooth": smooth, "basis": vh[: s.rank].T.to(torch.bfloat16)}
+
+
+def _apply_smooth(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    v = x / t["smooth"].to(x.device, x.dtype)
+    return v, v @ t["basis"].to(x.device, x.dtype)
+
+
+def _fold_smooth(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    w = w * t["smooth"].to(w.device, w.dtype)
+    a = t["basis"].to(w.device, w.dtype)
+    low_rank = torch.linalg.solve(a.T @ a, (w @ a).T).T
+    return w - low_rank @ a.T, low_rank
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "identity": Transform(
+        _prepare_identity, _apply_identity, _apply_identity,
+        shapes=lambda k, r: {}, low_features=lambda k, r: k, kernel=True, needs_moment=False,
+    ),
+    "subspace_hadamard": Transform(
+        _prepare_hadamard, _apply_hadamard, _fold_hadamard,
+        shapes=lambda k, r: {"signs": (k,), **({"basis": (k, r)} if r else {})},
+        low_features=lambda k, r: k, kernel=True, needs_moment=False,
+    ),
+    "dense_pca": Transform(
+        _prepare_dense, _apply_dense, _apply_dense,
+        shapes=lambda k, r: {"rotation": (k, k - r), "basis": (k, r)},
+        low_features=lambda k, r: k - r, kernel=False, needs_moment=True,
+    ),
+    "smooth_svd": Transform(
+        _prepare_smooth, _apply_smooth, _fold_smooth,
+        shapes=lambda k, r: {"smooth": (k,), "basis": (k, r)},
+        low_features=lambda k, r: k, kernel=False, needs_moment=True,
+    ),
+}  # fmt: skip
+
+#: Stored dtype of every site tensor.
+SITE_DTYPES = {"basis": torch.bfloat16, "signs": torch.int8, "rotation": torch.bfloat16, "smooth": torch.float32}
+
+
+def transformed_moment(transform: Transform, moment: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    """Second moment of v, Tᵀ C T [K', K'] in float64, for v = x T."""
+    half = transform.apply(moment.double(), tensors)[0]
+    return transform.apply(half.T.contiguous(), tensors)[0]
+
+
+def aligned_rank(features: int, high_fraction: float) -> int:
+    """K·fraction rounded up to the group size, as published (the low part must be whole groups)."""
+    return -(-int(round(features * high_fraction)) // GROUP_SIZE) * GROUP_SIZE
