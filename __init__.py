@@ -25,6 +25,13 @@ __all__ = ["__version__", *_LAZY]
 _register()
 
 
+async def comfy_entrypoint() -> Any:
+    """ComfyUI asks this for the node pack."""
+    from .nodes import DiRotQExtension
+
+    return DiRotQExtension()
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)

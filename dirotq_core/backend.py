@@ -107,13 +107,20 @@ class DiRotQQuantizer(DiffusersQuantizer):
     # --- per tensor ---
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
     ) -> bool:
         if self.pre_quantized:
             return param_name in self._spec
         return param_name.endswith(".weight") and param_name[: -len(".weight")] in self._plan_of
 
-    def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor) -> bool:
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor
+    ) -> bool:
         check_tensor(param_name, loaded_param, *self._spec[param_name])
         return True
 
@@ -165,7 +172,9 @@ class DiRotQQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         if not safe_serialization:
-            raise ValueError("dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False")
+            raise ValueError(
+                "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
+            )
         if any(".base_layer." in name for name in state_dict):
             raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
         return state_dict, {}

@@ -24,7 +24,9 @@ def replace_linears(
     memo = SiteMemo()
     made = {}
     for plan in plans:
-        made |= {n: m for n, m in zip(plan.linears, _site_modules(model, plan, config, memo, dtype, device), strict=True)}
+        made |= {
+            n: m for n, m in zip(plan.linears, _site_modules(model, plan, config, memo, dtype, device), strict=True)
+        }
     for name, module in made.items():
         model.set_submodule(name, module)
     return made

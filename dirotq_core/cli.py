@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("dirotq-demo"), help="folder to write (default: %(default)s)")
     demo.add_argument("--prompts", type=int, default=16, metavar="N", help="prompts to draw (default: %(default)s)")
-    demo.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration prompts (default: %(default)s)")
+    demo.add_argument(
+        "--calibration", type=int, default=32, metavar="N", help="calibration prompts (default: %(default)s)"
+    )
     demo.add_argument("--device", default=None, help="cpu, cuda, … (default: cuda if there is one)")
     demo.set_defaults(run=_demo)
 
@@ -58,15 +60,30 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", metavar="MODEL", help="pipeline folder or Hub id, e.g. black-forest-labs/FLUX.1-dev")
     quantize.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     quantize.add_argument("--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line (UTF-8)")
-    quantize.add_argument("--data-free", action="store_true", help="no calibration: seconds instead of minutes, lower quality")
-    quantize.add_argument("--transformer-only", action="store_true", help="write the transformer alone, not the pipeline")
-    quantize.add_argument("--method", default="dirotq", help="dirotq, paper, hadamard, svdquant or rtn (default: %(default)s)")
+    quantize.add_argument(
+        "--data-free", action="store_true", help="no calibration: seconds instead of minutes, lower quality"
+    )
+    quantize.add_argument(
+        "--transformer-only", action="store_true", help="write the transformer alone, not the pipeline"
+    )
+    quantize.add_argument(
+        "--method", default="dirotq", help="dirotq, paper, hadamard, svdquant or rtn (default: %(default)s)"
+    )
     quantize.add_argument("--rank", type=int, help="width of the 16-bit subspace (default: the method's, 64)")
-    quantize.add_argument("--high-fraction", type=float, help="that width as a share of the input width (the paper's: 0.125)")
+    quantize.add_argument(
+        "--high-fraction", type=float, help="that width as a share of the input width (the paper's: 0.125)"
+    )
     quantize.add_argument("--basis", choices=("pca", "joint"), help="how the subspace is found")
     quantize.add_argument("--rounding", choices=("gptq", "nearest"), help="how weights are rounded")
-    quantize.add_argument("--activation-bits", type=int, choices=(4, 8, 16), help="default of the checkpoint; can be changed at run time")
-    quantize.add_argument("--keep", action="append", metavar="PATTERN", help="modules to leave in 16 bit; can be repeated")
+    quantize.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(4, 8, 16),
+        help="default of the checkpoint; can be changed at run time",
+    )
+    quantize.add_argument(
+        "--keep", action="append", metavar="PATTERN", help="modules to leave in 16 bit; can be repeated"
+    )
     quantize.add_argument("--no-modulation", action="store_true", help="leave modulation layers in 16 bit")
     quantize.add_argument("--steps", type=int, default=20, help="denoising steps per prompt (default: %(default)s)")
     quantize.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
@@ -123,9 +140,16 @@ def _quantize(args: argparse.Namespace) -> None:
 
     pipeline = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     if not hasattr(pipeline, "transformer"):
-        raise ValueError(f"{type(pipeline).__name__} has no transformer; dirotq quantizes FLUX.1 and PixArt-Σ pipelines")
+        raise ValueError(
+            f"{type(pipeline).__name__} has no transformer; dirotq quantizes FLUX.1 and PixArt-Σ pipelines"
+        )
     pipeline.to(args.device or default_device())
-    call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "height": args.height, "width": args.width}
+    call = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "height": args.height,
+        "width": args.width,
+    }
     report = quantize(pipeline, config, prompts, call={k: v for k, v in call.items() if v is not None})
     target = pipeline.transformer if args.transformer_only else pipeline
     write_folder(args.out, lambda folder: (target.save_pretrained(folder), report.save(folder)))

@@ -134,9 +134,7 @@ def _rows(plan: SitePlan, config: DiRotQConfig, sizes: Mapping[str, int], known:
     for name, n in zip(plan.linears, plan.out_features, strict=True):
         own = sum(size(f"{name}.{k}") for k in plan.linear_spec(n))
         bits = config.activation_bits if plan.quantize_input else 16
-        yield LinearRow(
-            name, n, plan.in_features, f"W4A{bits}", plan.rank, own + site * n / total_out, known.get(name)
-        )
+        yield LinearRow(name, n, plan.in_features, f"W4A{bits}", plan.rank, own + site * n / total_out, known.get(name))
 
 
 def format_table(result: Inspection, limit: int | None = None) -> str:
@@ -153,7 +151,9 @@ def format_table(result: Inspection, limit: int | None = None) -> str:
     for r in rows:
         shape = f"{r.out_features} × {r.in_features}"
         db = "" if r.output_db is None or math.isnan(r.output_db) else f"{r.output_db:.1f}"
-        lines.append(f"{r.name:<{width}}  {shape:>13}  {r.scheme:<6}  {r.rank:>4}  {r.bytes / 1024:>7.1f}  {r.bits:>5.2f}  {db:>7}")
+        lines.append(
+            f"{r.name:<{width}}  {shape:>13}  {r.scheme:<6}  {r.rank:>4}  {r.bytes / 1024:>7.1f}  {r.bits:>5.2f}  {db:>7}"
+        )
     if len(rows) < len(result.rows):
         lines.append(f"… and {len(result.rows) - len(rows)} more")
     lines += [

@@ -111,9 +111,7 @@ def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
     return plans
 
 
-def _split(
-    kept: list[str], weight_only: _Patterns, modulation: bool
-) -> Iterator[tuple[list[str], bool]]:
+def _split(kept: list[str], weight_only: _Patterns, modulation: bool) -> Iterator[tuple[list[str], bool]]:
     if modulation:
         yield kept, False
         return

@@ -171,7 +171,15 @@ class DiRotQLinear(nn.Linear):
         elif site.fused:
             out = site(x)
             y = ops.linear_a8(
-                out.a, out.scale, out.z, self.weight, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
+                out.a,
+                out.scale,
+                out.z,
+                self.weight,
+                self.weight_scale,
+                self.low_rank,
+                self.bias,
+                self.table,
+                x.dtype,
             )
         else:
             out = site(x)

@@ -44,7 +44,10 @@ def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor |
         scale = start * factor
         error = (fmt.decode(fmt.encode(_divide(w, scale))) * scale - w).square().mul_(h).sum(-1, keepdim=True)
         better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+        best_scale, best_error = (
+            torch.where(better, scale, best_scale),
+            torch.where(better, error, best_error),
+        )
     return best_scale.squeeze(-1)
 
 

@@ -22,9 +22,7 @@ def pca_basis(moment: torch.Tensor, rank: int) -> torch.Tensor:
     return eigenvectors_ascending(moment)[:, moment.shape[0] - rank :]
 
 
-def joint_basis(
-    moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int, iterations: int = 20
-) -> torch.Tensor:
+def joint_basis(moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int, iterations: int = 20) -> torch.Tensor:
     """The subspace that minimizes E‖v‖²·‖W_res‖², U [K, r], float64.
 
     Activation and weight error of the residual are both proportional to that product, so its minimizer serves

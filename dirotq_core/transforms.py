@@ -189,7 +189,12 @@ TRANSFORMS: dict[str, Transform] = {
 }  # fmt: skip
 
 #: Stored dtype of every site tensor.
-SITE_DTYPES = {"basis": torch.bfloat16, "signs": torch.int8, "rotation": torch.bfloat16, "smooth": torch.float32}
+SITE_DTYPES = {
+    "basis": torch.bfloat16,
+    "signs": torch.int8,
+    "rotation": torch.bfloat16,
+    "smooth": torch.float32,
+}
 
 
 def transformed_moment(transform: Transform, moment: torch.Tensor, tensors: Tensors) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""Loading, saving and converting through diffusers' own methods."""
+
+import json
+import logging
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import dirotq
+from dirotq.dirotq_core.build import quantized_linears
+
+
+def test_on_the_fly_is_close_and_says_so(case, helpers, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = case.on_the_fly()
+    assert "without calibration data" in caplog.text and "8-bit activations" in caplog.text
+    assert helpers.sqnr(helpers.run(model), helpers.run(case.load(case.dense))) > 30
+    assert model.dtype == torch.bfloat16
+    assert {m.activation_bits for m in quantized_linears(model).values()} <= {8, 16}
+
+
+def test_round_trip_is_exact(case, helpers, tmp_path):
+    model = case.load()
+    expected = helpers.run(model)
+    assert torch.equal(helpers.run(case.on_the_fly()), expected)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert torch.equal(helpers.run(case.load(tmp_path)), expected)
+
+
+def test_every_byte_needed_is_in_the_file(case, helpers, monkeypatch):
+    """No seed is consulted when loading."""
+    expected = helpers.run(case.load())
+    import dirotq.dirotq_core.transforms as transforms
+
+    monkeypatch.setattr(transforms, "random_signs", None)
+    assert torch.equal(helpers.run(case.load()), expected)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(case, helpers, device_map):
+    expected = helpers.run(case.load())
+    assert torch.equal(helpers.run(case.load(device_map=device_map)), expected)
+    assert torch.equal(helpers.run(case.on_the_fly(device_map=device_map)), expected)
+
+
+def test_disk_offload_keeps_the_bits(flux_case, helpers, tmp_path):
+    expected = helpers.run(flux_case.load())
+    blocks = {n: "disk" for n, _ in flux_case.load().named_children() if n == "single_transformer_blocks"}
+    others = {n: "cpu" for n, _ in flux_case.load().named_children() if n not in blocks}
+    model = flux_case.load(device_map={**others, **blocks}, offload_folder=str(tmp_path / "offload"))
+    assert any(p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(**helpers.inputs(model))[0], expected)
+
+
+def test_quantizing_to_disk_is_refused(flux_case, tmp_path):
+    with pytest.raises(ValueError, match="cannot offload to disk"):
+        flux_case.on_the_fly(device_map={"": "disk"}, offload_folder=str(tmp_path))
+
+
+def test_float32_and_float16(case, helpers):
+    for dtype in (torch.float32, torch.float16):
+        model = case.load(torch_dtype=dtype)
+        assert model.dtype == dtype
+        assert all(m.weight_scale.dtype == s for m, s in _scales(model))
+        dense = case.load(case.dense, torch_dtype=dtype)
+        assert helpers.sqnr(helpers.run(model), helpers.run(dense)) > 35
+    with pytest.raises(ValueError, match="torch_dtype must be"):
+        case.load(torch_dtype=torch.float64)
+
+
+def _scales(model):
+    """Each linear and the dtype its scales are stored in, whatever the model computes in."""
+    return [(m, torch.float32 if m.plan.quantize_input else torch.bfloat16) for m in quantized_linears(model).values()]
+
+
+def test_default_dtype_is_bfloat16(case):
+    assert case.cls.from_pretrained(case.quantized).dtype == torch.bfloat16
+
+
+def test_activation_bits_is_a_run_time_choice(case, helpers):
+    model, dense = case.load(), helpers.run(case.load(case.dense))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    quality = {}
+    for bits in (4, 8, 16):
+        dirotq.set_activation_bits(model, bits)
+        quality[bits] = helpers.sqnr(helpers.run(model), dense)
+    assert quality[4] < quality[8] - 1 and quality[16] > quality[8] - 1
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match=r"activation_bits must be one of \(4, 8, 16\), got 5"):
+        dirotq.set_activation_bits(model, 5)
+    with pytest.raises(ValueError, match="no DiRotQ linears"):
+        dirotq.set_activation_bits(case.load(case.dense), 8)
+
+
+def test_saved_bits_are_loaded(case, tmp_path):
+    model = case.load()
+    dirotq.set_activation_bits(model, 4)
+    model.save_pretrained(tmp_path)
+    assert {m.activation_bits for m in quantized_linears(case.load(tmp_path)).values()} <= {4, 16}
+
+
+def test_dequantize(case, helpers, tmp_path):
+    model = case.load()
+    dirotq.set_activation_bits(model, 16)
+    expected = helpers.run(model)
+    dense = model.dequantize()
+    assert not quantized_linears(dense) and not dense.is_quantized
+    assert helpers.sqnr(helpers.run(dense), expected) > 40
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(helpers.run(case.load(tmp_path)), helpers.run(dense))
+
+
+def test_modules_to_not_convert(case, helpers, tmp_path):
+    name = next(iter(quantized_linears(case.load())))
+    config = dirotq.DiRotQConfig(modules_to_not_convert=[name, "ff"] if "Pix" in case.cls.__name__ else [name])
+    model = case.on_the_fly(config)
+    assert name not in quantized_linears(model)
+    assert not any(".ff." in n for n in quantized_linears(model)) or "Flux" in case.cls.__name__
+    model.save_pretrained(tmp_path)
+    assert torch.equal(helpers.run(case.load(tmp_path)), helpers.run(model))
+
+
+def test_saved_config_is_short(case):
+    config = json.loads((case.quantized / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "dirotq" and config["format_version"] == 1
+    assert len(json.dumps(config)) < 2000 and None not in (config["rank"], config["basis"], config["rounding"])
+
+
+def test_a_config_object_is_not_changed_by_loading(case):
+    config = dirotq.DiRotQConfig()
+    case.on_the_fly(config)
+    assert config == dirotq.DiRotQConfig()
+
+
+def test_pickle_is_refused(case, tmp_path):
+    with pytest.raises(ValueError, match="safetensors only"):
+        case.load().save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_model_without_a_recipe(tmp_path):
+    AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"AutoencoderKL has no DiRotQ recipe; supported: FluxTransformer2DModel, PixArt"):
+        AutoencoderKL.from_pretrained(tmp_path, quantization_config=dirotq.DiRotQConfig())
+
+
+def test_methods_that_need_data_say_so(case):
+    for config in (dirotq.DiRotQConfig(method="paper"), dirotq.DiRotQConfig(rank=32)):
+        with pytest.raises(ValueError, match=r"needs calibration data: use dirotq\.quantize"):
+            case.on_the_fly(config)

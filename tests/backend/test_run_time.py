@@ -1,0 +1,139 @@
+"""What happens around a loaded model: imports, compilation, gradients, adapters, copies."""
+
+import copy
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+
+from dirotq import kernels
+from dirotq.dirotq_core.build import quantized_linears
+
+
+def test_import_is_light():
+    """Neither triton nor transformers, and well under a second beyond torch and diffusers."""
+    code = (
+        "import sys, time, torch, diffusers\n"
+        "before = set(sys.modules); start = time.perf_counter()\n"
+        "import dirotq\n"
+        "seconds = time.perf_counter() - start\n"
+        "new = set(sys.modules) - before\n"
+        "heavy = [m for m in new if m.split('.')[0] in ('triton', 'transformers', 'comfy', 'comfy_api', 'matplotlib')]\n"
+        "assert not heavy, heavy\n"
+        "assert seconds < 1, seconds\n"
+        "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'dirotq' in AUTO_QUANTIZER_MAPPING\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_import_diffusers_does_not_know_us(flux_case):
+    code = (
+        "from diffusers import FluxTransformer2DModel\n"
+        "try:\n"
+        f"    FluxTransformer2DModel.from_pretrained({str(flux_case.quantized)!r})\n"
+        "except ValueError as error:\n"
+        "    assert 'Unknown quantization type, got dirotq' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('loaded')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", ["import diffusers.quantizers.auto", "import dirotq.dirotq_core.config", "pass"])
+def test_registration_in_any_import_order(first):
+    code = (
+        f"{first}\nimport dirotq\nfrom diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as table\n"
+        "assert table['dirotq'] is dirotq.DiRotQConfig\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_siblings_share_one_rotation(case, helpers, monkeypatch):
+    model = case.load()
+    calls = []
+    original = kernels.ops.rotate_quantize
+    monkeypatch.setattr(kernels.ops, "rotate_quantize", lambda x, *a: calls.append(x) or original(x, *a))
+    helpers.run(model)
+    owners = {m.plan.owner for m in quantized_linears(model).values() if m.plan.quantize_input}
+    assert len(calls) == len(owners)
+
+
+def test_compile_fullgraph(case, helpers):
+    model = case.load()
+    expected = helpers.run(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**helpers.inputs(model))[0], expected)
+
+
+def test_siblings_share_one_rotation_when_compiled(case, helpers):
+    model = case.load()
+    owners = {m.plan.owner for m in quantized_linears(model).values() if m.plan.quantize_input}
+    counts = []
+
+    def backend(graph, example_inputs):
+        counts.append(sum(n.target is torch.ops.dirotq.rotate_quantize.default for n in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(**helpers.inputs(model))
+    assert counts == [len(owners)]
+
+
+def test_compile_inductor_one_block(flux_case, helpers):
+    model = flux_case.load()
+    expected = helpers.run(model)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True)
+    assert helpers.sqnr(helpers.run(model), expected) > 35
+
+
+def test_gradients_reach_an_adapter(flux_case, helpers):
+    model = flux_case.load()
+    model.requires_grad_(False)
+    lora = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "proj_mlp"], init_lora_weights=False)
+    model.add_adapter(lora)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in n for n in trained)
+    model(**helpers.inputs(model))[0].float().square().mean().backward()
+    for name, p in trained.items():
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+
+
+def test_saving_with_an_adapter_is_refused(flux_case, tmp_path):
+    model = flux_case.load()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="a LoRA is loaded; unload it"):
+        model.save_pretrained(tmp_path)
+
+
+def test_forward_is_the_same_with_and_without_gradients(case, helpers):
+    model = case.load()
+    expected = helpers.run(model)
+    arguments = helpers.inputs(model)
+    arguments["hidden_states"].requires_grad_(True)
+    y = model(**arguments)[0]
+    assert torch.equal(y.detach(), expected)
+    y.float().square().mean().backward()
+    assert arguments["hidden_states"].grad.abs().max() > 0
+
+
+def test_deepcopy_shares_inside_the_copy(flux_case, helpers):
+    model = flux_case.load()
+    twin = copy.deepcopy(model)
+    assert torch.equal(helpers.run(twin), helpers.run(model))
+    k = twin.transformer_blocks[0].attn.to_k
+    assert k.site is twin.transformer_blocks[0].attn.to_q.input_site
+    assert k.site is not model.transformer_blocks[0].attn.to_q.input_site
+
+
+def test_inference_mode(case, helpers):
+    model = case.load()
+    expected = helpers.run(model)
+    with torch.inference_mode():
+        assert torch.equal(model(**helpers.inputs(model))[0], expected)
