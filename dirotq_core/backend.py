@@ -18,7 +18,7 @@ from torch import nn
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, check_names, check_tensor, expected_tensors
 from .config import DiRotQConfig
-from .layout import SitePlan, Spec, plan_sites
+from .layout import SitePlan, Spec, linear_at, plan_sites
 from .linear import DiRotQLinear
 from .solve import solve_site
 
@@ -31,6 +31,7 @@ KEEP_IN_FP32 = ("weight_scale", "smooth")
 class DiRotQQuantizer(DiffusersQuantizer):
     """Loads DiRotQ checkpoints, and quantizes dense ones without data while they load."""
 
+    quantization_config: DiRotQConfig
     use_keep_in_fp32_modules = True
     requires_calibration = False
 
@@ -76,7 +77,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
         plans = plan_sites(model, config)
@@ -124,7 +125,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         check_tensor(param_name, loaded_param, *self._spec[param_name])
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]  # diffusers calls it for its effect
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, target_device: torch.device | str,
         state_dict: dict[str, Any], unexpected_keys: list[str] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -139,7 +140,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
     def _quantize_on_the_fly(
         self, model: nn.Module, name: str, weight: torch.Tensor, device: torch.device | str
     ) -> None:
-        plan, module, dense = self._plan_of[name], self._made[name], model.get_submodule(name)
+        plan, module, dense = self._plan_of[name], self._made[name], linear_at(model, name)
         one = SitePlan(**{**plan.__dict__, "linears": (name,), "out_features": (module.out_features,)})
         compute = "cuda" if torch.cuda.is_available() else "cpu"
         solved = solve_site(one, self.quantization_config, [weight.to(compute)], None)
@@ -179,7 +180,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
             raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
         return state_dict, {}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> Any:
         dequantize_linears(model, model.dtype)
         # The base class forgets the quantizer but not this; the next save would claim to be quantized.
         model._internal_dict = type(model._internal_dict)(
@@ -203,7 +204,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return True
 
 
-def _finish(model: nn.Module) -> None:
+def _finish(model: Any) -> None:
     """What a quantized model needs besides its modules."""
     # Layerwise casting would store scales and biases of nn.Linear subclasses in float8.
     patterns = tuple(getattr(model, "_skip_layerwise_casting_patterns", None) or ())

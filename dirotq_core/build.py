@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .config import DiRotQConfig
-from .layout import SitePlan
+from .layout import SitePlan, linear_at
 from .linear import DiRotQLinear, InputSite, SiteMemo
 from .solve import SolvedSite
 
@@ -22,11 +24,9 @@ def replace_linears(
 ) -> dict[str, DiRotQLinear]:  # fmt: skip
     """Swap every planned linear of `model` for an empty `DiRotQLinear` on `device`; returns them by name."""
     memo = SiteMemo()
-    made = {}
+    made: dict[str, DiRotQLinear] = {}
     for plan in plans:
-        made |= {
-            n: m for n, m in zip(plan.linears, _site_modules(model, plan, config, memo, dtype, device), strict=True)
-        }
+        made |= zip(plan.linears, _site_modules(model, plan, config, memo, dtype, device), strict=True)
     for name, module in made.items():
         model.set_submodule(name, module)
     return made
@@ -38,14 +38,14 @@ def _site_modules(
 ) -> list[DiRotQLinear]:  # fmt: skip
     site = InputSite(plan, activation_for(config, plan), memo, device)
     return [
-        DiRotQLinear(plan, i, site, model.get_submodule(n).bias is not None, dtype, device)
+        DiRotQLinear(plan, i, site, linear_at(model, n).bias is not None, dtype, device)
         for i, n in enumerate(plan.linears)
     ]
 
 
 def install_site(model: nn.Module, plan: SitePlan, solved: SolvedSite, config: DiRotQConfig, memo: SiteMemo) -> None:
     """Replace the dense linears of one site by quantized ones holding `solved`, on the linears' own devices."""
-    dense = [model.get_submodule(n) for n in plan.linears]
+    dense = [linear_at(model, n) for n in plan.linears]
     modules = _site_modules(model, plan, config, memo, dense[0].weight.dtype, "meta")
     for old, new, tensors in zip(dense, modules, solved.linears, strict=True):
         assign(new, {k: t.to(old.weight.device) for k, t in tensors.items()})
@@ -68,7 +68,7 @@ def quantized_linears(model: nn.Module) -> dict[str, DiRotQLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, DiRotQLinear)}
 
 
-def set_activation_bits(model: nn.Module, bits: int) -> None:
+def set_activation_bits(model: Any, bits: int) -> None:
     """Run the quantized linears of a model (or of a pipeline's transformer) with 4-, 8- or 16-bit activations.
 
     A run-time choice on one and the same checkpoint: weights are untouched. Weight-only linears stay at 16.

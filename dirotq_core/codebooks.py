@@ -7,7 +7,7 @@ one also float8 e4m3), so a checkpoint multiplies exactly on 8-bit tensor cores 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 
@@ -33,17 +33,10 @@ class WeightFormat:
     rms: float
     grouped: bool
 
-    @cached_property
-    def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        table = torch.tensor(self.table, dtype=torch.float32)
-        values, codes = table.sort()
-        return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8)
-
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the nearest table entries to `scaled` (any shape, in table units)."""
-        midpoints, codes = self._order
-        index = torch.bucketize(scaled.float(), midpoints.to(scaled.device))
-        return codes.to(scaled.device)[index]
+        midpoints, codes = _decision(self.table, scaled.device)
+        return codes[torch.bucketize(scaled.float(), midpoints)]
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Table entries of `codes` (any shape, uint8) as `dtype`, in table units."""
@@ -56,6 +49,13 @@ class WeightFormat:
     def expand(self, scale: torch.Tensor, in_features: int) -> torch.Tensor:
         """Scales [N, G] repeated to one per column, [N, in_features]."""
         return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
+
+
+@lru_cache(maxsize=32)
+def _decision(table: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Midpoints between the sorted table entries [15], and the sorted entries' codes [16]."""
+    values, codes = torch.tensor(table, dtype=torch.float32, device=device).sort()
+    return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8)
 
 
 WEIGHT_FORMATS: dict[str, WeightFormat] = {

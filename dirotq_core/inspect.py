@@ -151,9 +151,8 @@ def format_table(result: Inspection, limit: int | None = None) -> str:
     for r in rows:
         shape = f"{r.out_features} × {r.in_features}"
         db = "" if r.output_db is None or math.isnan(r.output_db) else f"{r.output_db:.1f}"
-        lines.append(
-            f"{r.name:<{width}}  {shape:>13}  {r.scheme:<6}  {r.rank:>4}  {r.bytes / 1024:>7.1f}  {r.bits:>5.2f}  {db:>7}"
-        )
+        numbers = f"{r.rank:>4}  {r.bytes / 1024:>7.1f}  {r.bits:>5.2f}  {db:>7}"
+        lines.append(f"{r.name:<{width}}  {shape:>13}  {r.scheme:<6}  {numbers}".rstrip())
     if len(rows) < len(result.rows):
         lines.append(f"… and {len(result.rows) - len(rows)} more")
     lines += [

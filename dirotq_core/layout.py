@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -73,6 +74,11 @@ class SitePlan:
         else:  # one a row, times an exact integer sum: 32 bit
             spec["weight_scale"] = ((out_features,), torch.float32)
         return spec
+
+
+def linear_at(model: torch.nn.Module, name: str) -> torch.nn.Linear:
+    """The linear called `name`, typed as one."""
+    return cast(torch.nn.Linear, model.get_submodule(name))
 
 
 def site_seed(name: str, seed: int) -> int:

@@ -70,6 +70,10 @@ class InputSite(nn.Module):
         """A site tensor, None if this site has none of that name."""
         return self._parameters.get(name)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the site."""
+        return {name: p for name, p in self._parameters.items() if p is not None}
+
     @property
     def fused(self) -> bool:
         """Whether the op `rotate_quantize` computes this site."""
@@ -109,7 +113,7 @@ class InputSite(nn.Module):
             return x, x.new_zeros(len(x), 0, dtype=torch.bfloat16)
         if transform.kernel:
             return ops.rotate(x, self.tensor("basis"), self.tensor("signs"), self.block)
-        v, z = transform.apply(x, dict(self._parameters))
+        v, z = transform.apply(x, self.tensors())
         return v, z.to(torch.bfloat16)
 
 
@@ -123,6 +127,9 @@ class DiRotQLinear(nn.Linear):
         plan: the linear's site. index: which of its linears this is. site: shared with the siblings.
         bias: whether it has one, of dtype `dtype`.
     """
+
+    weight_scale: torch.Tensor
+    low_rank: torch.Tensor | None
 
     def __init__(
         self, plan: SitePlan, index: int, site: InputSite, bias: bool,
@@ -143,11 +150,12 @@ class DiRotQLinear(nn.Linear):
         if index == 0:
             self.input_site = site
         else:
-            self._shared_site = [site]
+            self._shared_site: list[InputSite] = [site]
 
     @property
     def site(self) -> InputSite:
-        return self._modules["input_site"] if "input_site" in self._modules else self._shared_site[0]
+        own = self._modules.get("input_site")
+        return own if isinstance(own, InputSite) else self._shared_site[0]
 
     def extra_repr(self) -> str:
         kind = f"W4A{self.activation_bits}"
@@ -201,8 +209,7 @@ class DiRotQLinear(nn.Linear):
         )
         if plan.transform is None:
             return w
-        tensors = {k: v for k, v in self.site._parameters.items() if v is not None}
-        v, z = plan.transform.apply(torch.eye(plan.in_features, device=w.device), tensors)
+        v, z = plan.transform.apply(torch.eye(plan.in_features, device=w.device), self.site.tensors())
         dense = v @ w.T
         if self.low_rank is not None:
             dense += z @ self.low_rank.float().T

@@ -13,7 +13,7 @@ from .backend import attach_quantizer
 from .build import install_site, quantized_linears
 from .calibrate import Calibration
 from .config import DiRotQConfig
-from .layout import SitePlan, plan_sites
+from .layout import SitePlan, linear_at, plan_sites
 from .linear import SiteMemo
 from .report import QuantizationReport
 from .solve import SolvedSite, solve_site
@@ -77,7 +77,7 @@ def solve_all(
     held_out = calibration.held_out
     for plan in tqdm(plans, desc="quantizing", unit="site", disable=not progress):
         moment = calibration.moments[plan.owner]
-        weights = [model.get_submodule(n).weight.data for n in plan.linears]
+        weights = [linear_at(model, n).weight.data for n in plan.linears]
         mean = moment.mean() if moment.tokens else None
         site = solve_site(plan, config, weights, mean, moment.tokens)
         if plan.owner in held_out:
@@ -87,9 +87,7 @@ def solve_all(
     return report, solved
 
 
-def install_all(
-    model: torch.nn.Module, plans: Sequence[SitePlan], config: DiRotQConfig, solved: Sequence[SolvedSite]
-) -> None:
+def install_all(model: Any, plans: Sequence[SitePlan], config: DiRotQConfig, solved: Sequence[SolvedSite]) -> None:
     """Put solved sites into `model` and mark it as quantized for diffusers."""
     memo = SiteMemo()
     dtype = model.dtype
@@ -106,8 +104,8 @@ def _measure(
     holder = torch.nn.ModuleDict()
     names = [f"linear{i}" for i in range(len(plan.linears))]
     for key, name in zip(names, plan.linears, strict=True):
-        holder[key] = model.get_submodule(name)
-    dense = dict(holder.items())
+        holder[key] = linear_at(model, name)
+    dense = {key: linear_at(holder, key) for key in names}
     local = SitePlan(**{**plan.__dict__, "linears": tuple(names)})
     install_site(holder, local, solved, config, SiteMemo())
     for key, report in zip(names, solved.reports, strict=True):

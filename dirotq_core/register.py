@@ -90,4 +90,4 @@ def _teach_pipeline_config(config: type) -> None:
             transformers_table.setdefault(METHOD, config)
         return transformers_table, diffusers_table
 
-    PipelineQuantizationConfig._get_quant_config_list = with_dirotq
+    PipelineQuantizationConfig._get_quant_config_list = with_dirotq  # type: ignore[method-assign]

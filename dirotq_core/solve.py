@@ -12,7 +12,7 @@ from .config import DiRotQConfig
 from .layout import SitePlan
 from .rounding import Rounded, round_gptq, round_nearest
 from .subspace import captured_energy
-from .transforms import SiteStatistics, transformed_moment
+from .transforms import SiteStatistics, Tensors, transformed_moment
 
 #: GPTQ overfits below about this many tokens per input column (measured; docs/how-it-works.md).
 TOKENS_PER_COLUMN = 8
@@ -66,7 +66,7 @@ def solve_site(
             raise ValueError(f"{name}.weight holds NaN or infinity; it cannot be quantized")
     energy = None
     if plan.transform is None:
-        site = {}
+        site: Tensors = {}
         rounded = round_nearest(torch.cat([w.float() for w in weights]), plan.format, moment)
         target = torch.cat([w.double() for w in weights])
         low_rank = None

@@ -7,7 +7,7 @@ Each is a pair of functions over the tensors of an input site. ``prepare`` makes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ..kernels import hadamard_matrix
 from .codebooks import GROUP_SIZE
 from .subspace import eigenvectors_ascending, joint_basis, pca_basis
 
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 MAX_HADAMARD_BLOCK = 128
 
 
@@ -91,7 +91,7 @@ def _apply_identity(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Te
 
 
 def _prepare_hadamard(s: SiteStatistics) -> Tensors:
-    tensors = {"signs": random_signs(s.features, s.seed)}
+    tensors: dict[str, torch.Tensor] = {"signs": random_signs(s.features, s.seed)}
     if s.rank:
         if s.moment is None:
             raise ValueError(f"rank {s.rank} needs calibration data; without it the rank must be 0")
@@ -205,4 +205,4 @@ def transformed_moment(transform: Transform, moment: torch.Tensor, tensors: Tens
 
 def aligned_rank(features: int, high_fraction: float) -> int:
     """K·fraction rounded up to the group size, as published (the low part must be whole groups)."""
-    return -(-int(round(features * high_fraction)) // GROUP_SIZE) * GROUP_SIZE
+    return -(-round(features * high_fraction) // GROUP_SIZE) * GROUP_SIZE
