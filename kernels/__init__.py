@@ -1,0 +1,39 @@
+"""Ops of DiRotQ (`torch.library`, namespace `dirotq`), their PyTorch reference and their Triton kernels.
+
+Importing this imports no Triton; a Triton kernel is imported when it first runs (see `backend`).
+"""
+
+from .hadamard import block_hadamard, hadamard_matrix
+from .lattice import (
+    CODEBOOK16,
+    CODEBOOK_RMS,
+    GROUP,
+    INT4,
+    MAGNITUDES,
+    MIDPOINTS,
+    decode,
+    pack_int4,
+    unpack_int4,
+)
+from .ops import API_VERSION, dequantize, linear, linear_a8, linear_a16, rotate, rotate_quantize
+
+__all__ = [
+    "API_VERSION",
+    "CODEBOOK16",
+    "CODEBOOK_RMS",
+    "GROUP",
+    "INT4",
+    "MAGNITUDES",
+    "MIDPOINTS",
+    "block_hadamard",
+    "decode",
+    "dequantize",
+    "hadamard_matrix",
+    "linear",
+    "linear_a8",
+    "linear_a16",
+    "pack_int4",
+    "rotate",
+    "rotate_quantize",
+    "unpack_int4",
+]

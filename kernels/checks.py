@@ -1,0 +1,177 @@
+"""Argument checks of the ops, made once at op entry and before anything is computed.
+
+Every error is a ValueError that names the argument, its value and the rule.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .lattice import GROUP
+
+MODES = ("codebook", "int4", "int8")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _shape(name: str, tensor: Tensor, *expected: int | str) -> None:
+    """`expected` holds a size, or a letter that stands for any."""
+    fits = tensor.ndim == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
+
+
+def _dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, allowed))}")
+
+
+def _device(first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(f"{name} is on {other.device}, {first} on {tensor.device}; one device is needed")
+
+
+def _columns(name: str, k: int) -> None:
+    if k == 0 or k % GROUP:
+        raise ValueError(f"{name} has {k} columns; a positive multiple of {GROUP} is needed")
+
+
+def rotation(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> None:
+    _shape("x", x, "M", "K")
+    _dtype("x", x, *FLOATS)
+    k = x.shape[1]
+    _columns("x", k)
+    if basis is not None:
+        _shape("basis", basis, k, "r")
+        _dtype("basis", basis, torch.bfloat16)
+    if signs is not None:
+        _shape("signs", signs, k)
+        _dtype("signs", signs, torch.int8)
+        if block < 1 or block & (block - 1) or k % block:
+            raise ValueError(f"block is {block}; a power of two that divides the {k} columns of x is needed")
+    _device("x", x, basis=basis, signs=signs)
+
+
+def quantization(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)} is needed")
+
+
+def weights(k: int, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int]) -> None:
+    _shape("weight", weight, "N", k // 2)
+    _dtype("weight", weight, torch.uint8)
+    if low_rank is not None:
+        _shape("low_rank", low_rank, weight.shape[0], "r")
+        _dtype("low_rank", low_rank, torch.bfloat16)
+    if bias is not None:
+        _shape("bias", bias, weight.shape[0])
+        _dtype("bias", bias, *FLOATS)
+    if len(table) != 16 or min(table) < -127 or max(table) > 127:
+        raise ValueError(f"table is {list(table)}; 16 integers in [-127, 127] are needed")
+
+
+def row_scale(weight: Tensor, weight_scale: Tensor) -> None:
+    _shape("weight_scale", weight_scale, weight.shape[0])
+    _dtype("weight_scale", weight_scale, torch.float32)
+
+
+def group_scale(k: int, weight: Tensor, weight_scale: Tensor) -> None:
+    _dtype("weight_scale", weight_scale, torch.float32)
+    n, groups = weight.shape[0], k // GROUP
+    if weight_scale.ndim != 2 or weight_scale.shape[0] != n or weight_scale.shape[1] not in (1, groups):
+        raise ValueError(
+            f"weight_scale has shape {list(weight_scale.shape)}; expected [{n}, 1] or [{n}, {groups}] (K / {GROUP})"
+        )
+
+
+def low_rank_input(m: int, z: Tensor | None, low_rank: Tensor | None) -> None:
+    if z is None or low_rank is None:
+        if (z is not None and z.shape[1]) or (low_rank is not None and low_rank.shape[1]):
+            given, missing = ("z", "low_rank") if low_rank is None else ("low_rank", "z")
+            raise ValueError(f"{given} is given without {missing}; the low-rank branch needs both")
+        return
+    _shape("z", z, m, low_rank.shape[1])
+    _dtype("z", z, torch.bfloat16)
+
+
+def linear_a8(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> None:
+    _shape("codes", codes, "M", "K")
+    _dtype("codes", codes, torch.int8)
+    _columns("codes", codes.shape[1])
+    _shape("scale", scale, codes.shape[0])
+    _dtype("scale", scale, torch.float32)
+    weights(codes.shape[1], weight, low_rank, bias, table)
+    row_scale(weight, weight_scale)
+    low_rank_input(codes.shape[0], z, low_rank)
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
+    _device("codes", codes, scale=scale, z=z)
+    _device("codes", codes, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
+
+
+def linear_a16(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+) -> None:
+    _shape("x", x, "M", "K")
+    _dtype("x", x, *FLOATS)
+    _columns("x", x.shape[1])
+    weights(x.shape[1], weight, low_rank, bias, table)
+    group_scale(x.shape[1], weight, weight_scale)
+    low_rank_input(x.shape[0], z, low_rank)
+    _device("x", x, z=z, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
+
+
+def linear(
+    x: Tensor,
+    basis: Tensor | None,
+    signs: Tensor | None,
+    block: int,
+    mode: str,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+) -> None:
+    rotation(x, basis, signs, block)
+    quantization(mode)
+    weights(x.shape[1], weight, low_rank, bias, table)
+    row_scale(weight, weight_scale)
+    rank = 0 if basis is None else basis.shape[1]
+    if (0 if low_rank is None else low_rank.shape[1]) != rank:
+        found = "missing" if low_rank is None else f"of shape {list(low_rank.shape)}"
+        raise ValueError(f"low_rank is {found}; the basis has {rank} columns and low_rank needs as many")
+    _device("x", x, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> None:
+    _shape("weight", weight, "N", "K/2")
+    k = 2 * weight.shape[1]
+    _columns("the unpacked weight", k)
+    weights(k, weight, None, None, table)
+    if weight_scale.ndim == 1:
+        row_scale(weight, weight_scale)
+    else:
+        group_scale(k, weight, weight_scale)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
+    _device("weight", weight, weight_scale=weight_scale)

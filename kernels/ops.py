@@ -1,0 +1,320 @@
+"""The ops of namespace `dirotq`: schemas, fake and autograd registrations, a documented function for each.
+
+A linear y = x Wᵀ + b is computed as y = v̂ Ŵᵀ + z Lᵀ + b. Its input site has an orthonormal `basis` U [K, r],
+`signs` ±1 D [K] and a block-diagonal normalized Hadamard matrix H:
+
+    z = bf16(x U),  v = (x − z Uᵀ) D H  (v = x − z Uᵀ without signs),  v̂ = s · a
+
+with a on an int8 lattice and one scale s per token. The subspace in 16 bit is DiRotQ's (arXiv 2605.16732); the
+codebook and the lattice are this project's own.
+
+Two copies of this package can live in one process (installed, and cloned into ComfyUI's custom_nodes). torch knows
+one namespace `dirotq`, so the copy imported first registers the ops and leaves its library object, which has the
+attribute `dirotq_api`, on `torch.ops.dirotq`. A later copy of the same API version uses those ops and registers
+nothing; a copy of another version raises ImportError naming both.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import implementation
+from .hadamard import block_hadamard
+from .reference import dequantize as _dequantize_reference
+
+API_VERSION = 1
+"""Changes whenever a schema or the meaning of an op does."""
+
+SCHEMAS = {
+    "rotate_quantize": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode)"
+    " -> (Tensor codes, Tensor scale, Tensor z)",
+    "rotate": "(Tensor x, Tensor? basis, Tensor? signs, int block) -> (Tensor v, Tensor z)",
+    "linear_a8": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
+    " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype) -> Tensor",
+    "linear_a16": "(Tensor x, Tensor? z, Tensor weight, Tensor weight_scale,"
+    " Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
+    "linear": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode, Tensor weight,"
+    " Tensor weight_scale, Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
+    "dequantize": "(Tensor weight, Tensor weight_scale, int[] table, ScalarType dtype) -> Tensor",
+}
+
+
+def rotate_quantize(
+    x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project, rotate and quantize the input of a site.
+
+    x [M, K] bf16, fp16 or fp32, rows may be strided; basis [K, r] bf16; signs [K] int8 ±1; block: columns of
+    one Hadamard block, a power of two that divides K (unused without signs); K a multiple of 64. Modes:
+
+    - ``codebook``: s = rms(v) / 36, a the nearest of ±{4, 13, 22, 32, 44, 56, 72, 96} to v / s
+    - ``int4``: s = max|v| / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
+    - ``int8``: s = max|v| / 127, a = round(v / s)
+
+    Returns codes a [M, K] int8, scale s [M] fp32 and z [M, r] bf16. A zero row has scale 0. x must be finite,
+    and below 1e19 in the codebook mode, whose mean square is taken in fp32. Not differentiable; `linear` is.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.rotate_quantize.default(x, basis, signs, block, mode)
+
+
+def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """v [M, K] in x.dtype and z [M, r] bf16; arguments as in `rotate_quantize`. Differentiable in x."""
+    return torch.ops.dirotq.rotate.default(x, basis, signs, block)
+
+
+def linear_a8(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] = s_m t_n Σ_k a_mk w_nk + Σ_j z_mj L_nj + b_n in `out_dtype` (bf16, fp16, fp32), rounded once.
+
+    codes a [M, K] int8, scale s [M] fp32, z [M, r] bf16; weight [N, K/2] uint8 of 4-bit codes (`pack_int4`)
+    whose lattice values are the 16 integers of `table`, in [-127, 127]; weight_scale t [N] fp32; low_rank L
+    [N, r] bf16; bias b [N]. The integer sum is exact; it is multiplied by s, then by t, in fp32. Not
+    differentiable; `linear` is.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.linear_a8.default(
+        codes, scale, z, weight, weight_scale, low_rank, bias, list(table), out_dtype
+    )
+
+
+def linear_a16(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+) -> Tensor:
+    """y [M, N] = x Ŵᵀ + z Lᵀ + b in x.dtype: 4-bit weights, 16-bit activations, fp32 accumulation.
+
+    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32; Ŵ = table[code] · scale rounded to
+    x.dtype; the rest as in `linear_a8`. Differentiable in x and z.
+    """
+    return torch.ops.dirotq.linear_a16.default(x, z, weight, weight_scale, low_rank, bias, list(table))
+
+
+def linear(
+    x: Tensor,
+    basis: Tensor | None,
+    signs: Tensor | None,
+    block: int,
+    mode: str,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+) -> Tensor:
+    """`rotate_quantize`, then `linear_a8` with out_dtype = x.dtype.
+
+    Differentiable in x with the straight-through estimator: v̂ counts as v. Weights get no gradient.
+    """
+    return torch.ops.dirotq.linear.default(
+        x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, list(table)
+    )
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Ŵ [N, K] = table[code] · scale, rounded once to `dtype`.
+
+    weight [N, K/2] uint8; weight_scale fp32 [N], [N, 1] or [N, K/64]; table as in `linear_a8`.
+    """
+    return torch.ops.dirotq.dequantize.default(weight, weight_scale, list(table), dtype)
+
+
+# --- what the ops run ----------------------------------------------------------------------------------
+
+
+def _rotate_quantize(x, basis, signs, block, mode):
+    checks.rotation(x, basis, signs, block)
+    checks.quantization(mode)
+    return implementation("rotate_quantize", x.device, _block(signs, block))(x, basis, signs, block, mode)
+
+
+def _rotate(x, basis, signs, block):
+    checks.rotation(x, basis, signs, block)
+    return implementation("rotate", x.device, _block(signs, block))(x, basis, signs, block)
+
+
+def _linear_a8(*args):
+    checks.linear_a8(*args)
+    return implementation("linear_a8", args[0].device)(*args)
+
+
+def _linear_a16(*args):
+    checks.linear_a16(*args)
+    return implementation("linear_a16", args[0].device)(*args)
+
+
+def _linear(x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, table):
+    checks.linear(x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, table)
+    quantize = implementation("rotate_quantize", x.device, _block(signs, block))
+    multiply = implementation("linear_a8", x.device)
+    codes, scale, z = quantize(x, basis, signs, block, mode)
+    return multiply(codes, scale, z, weight, weight_scale, low_rank, bias, table, x.dtype)
+
+
+def _dequantize(weight, weight_scale, table, dtype):
+    checks.dequantize(weight, weight_scale, table, dtype)
+    return _dequantize_reference(weight, weight_scale, table, dtype)
+
+
+def _block(signs: Tensor | None, block: int) -> int:
+    return 1 if signs is None else block
+
+
+# --- shapes for tracing --------------------------------------------------------------------------------
+
+
+def _rank(basis: Tensor | None) -> int:
+    return 0 if basis is None else basis.shape[1]
+
+
+def _fake_rotate_quantize(x, basis, signs, block, mode):
+    checks.rotation(x, basis, signs, block)
+    checks.quantization(mode)
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:1], dtype=torch.float32),
+        x.new_empty((x.shape[0], _rank(basis)), dtype=torch.bfloat16),
+    )
+
+
+def _fake_rotate(x, basis, signs, block):
+    checks.rotation(x, basis, signs, block)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], _rank(basis)), dtype=torch.bfloat16)
+
+
+def _fake_linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype):
+    checks.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype)
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_a16(x, z, weight, weight_scale, low_rank, bias, table):
+    checks.linear_a16(x, z, weight, weight_scale, low_rank, bias, table)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_linear(x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, table):
+    checks.linear(x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, table)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_dequantize(weight, weight_scale, table, dtype):
+    checks.dequantize(weight, weight_scale, table, dtype)
+    return weight.new_empty((weight.shape[0], 2 * weight.shape[1]), dtype=dtype)
+
+
+# --- gradients -----------------------------------------------------------------------------------------
+
+
+def _rotate_backward(dv: Tensor | None, dz: Tensor | None, ctx: Any) -> Tensor | None:
+    """dx of (v, z): with dv' = dv H D, dx = dv' + (dz − dv' U) Uᵀ, in fp32."""
+    basis, signs = ctx.basis, ctx.signs
+    dx = None
+    if dv is not None:
+        dx = dv.float()
+        if signs is not None:
+            dx = block_hadamard(dx, ctx.block) * signs
+    if basis is None:
+        return dx
+    u = basis.float()
+    if dx is None:
+        return None if dz is None else dz.float() @ u.T
+    inside = dx @ u if dz is None else dx @ u - dz.float()
+    return dx - inside @ u.T
+
+
+def _setup_rotate(ctx, inputs, output):
+    x, basis, signs, block = inputs
+    ctx.basis, ctx.signs, ctx.block, ctx.dtype = basis, signs, block, x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rotate(ctx, dv, dz):
+    dx = _rotate_backward(dv, dz, ctx)
+    return None if dx is None else dx.to(ctx.dtype), None, None, None
+
+
+def _setup_linear_a16(ctx, inputs, output):
+    _x, _z, ctx.weight, ctx.weight_scale, ctx.low_rank, _bias, ctx.table = inputs
+
+
+def _backward_linear_a16(ctx, dy):
+    dx = dz = None
+    if ctx.needs_input_grad[0]:
+        dx = dy @ dequantize(ctx.weight, ctx.weight_scale, ctx.table, dy.dtype)
+    if ctx.needs_input_grad[1] and ctx.low_rank is not None:
+        dz = (dy.float() @ ctx.low_rank.float()).bfloat16()
+    return dx, dz, None, None, None, None, None
+
+
+def _setup_linear(ctx, inputs, output):
+    x, ctx.basis, ctx.signs, ctx.block, _mode, *weights = inputs
+    ctx.weight, ctx.weight_scale, ctx.low_rank, _bias, ctx.table = weights
+    ctx.dtype = x.dtype
+
+
+def _backward_linear(ctx, dy):
+    dv = dy @ dequantize(ctx.weight, ctx.weight_scale, ctx.table, dy.dtype)
+    dz = None if ctx.low_rank is None else dy.float() @ ctx.low_rank.float()
+    dx = _rotate_backward(dv, dz, ctx)
+    return None if dx is None else dx.to(ctx.dtype), *[None] * 9
+
+
+# --- registration --------------------------------------------------------------------------------------
+
+
+_LIBRARY = "_library"
+
+# name: what runs, its shapes, and (what backward keeps, backward) if differentiable
+_OPS: dict[str, tuple[Any, Any, Any]] = {
+    "rotate_quantize": (_rotate_quantize, _fake_rotate_quantize, None),
+    "rotate": (_rotate, _fake_rotate, (_setup_rotate, _backward_rotate)),
+    "linear_a8": (_linear_a8, _fake_linear_a8, None),
+    "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
+    "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
+    "dequantize": (_dequantize, _fake_dequantize, None),
+}
+
+
+def _register() -> None:
+    library = torch.library.Library("dirotq", "FRAGMENT")
+    library.dirotq_api = API_VERSION  # type: ignore[attr-defined]
+    for name, (body, fake, gradient) in _OPS.items():
+        library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dirotq::{name}", fake, lib=library)
+        if gradient is not None:
+            setup, backward = gradient
+            torch.library.register_autograd(f"dirotq::{name}", backward, setup_context=setup, lib=library)
+    # Held by torch, not by this module: the ops must outlive a copy of the package that is unloaded.
+    setattr(torch.ops.dirotq, _LIBRARY, library)
+
+
+def _registered_version() -> int | None:
+    library = getattr(torch.ops.dirotq, _LIBRARY, None)
+    return None if library is None else library.dirotq_api
+
+
+if _registered_version() is None:
+    _register()
+elif _registered_version() != API_VERSION:
+    raise ImportError(
+        f"this copy of dirotq ({__file__}) has ops of API version {API_VERSION}, but another copy in this process"
+        f" has registered version {_registered_version()}; keep one copy, or update both to one version"
+    )

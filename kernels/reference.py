@@ -1,0 +1,159 @@
+"""PyTorch reference of every op, on any device, of checked arguments. The equations stand in `ops.py`."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .hadamard import block_hadamard
+from .lattice import CODEBOOK_RMS, GROUP, MAGNITUDE_STEPS, MAGNITUDES, MIDPOINTS, decode
+
+# A scale below the smallest normal number has no finite reciprocal; such a row counts as zero.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """v = (x − z Uᵀ) D H in x.dtype and z = bf16(x U)."""
+    v, z = _rotate(x, basis, signs, block)
+    # A copy even where nothing was rotated: an op must not return its input.
+    return v.to(x.dtype, copy=True, memory_format=torch.contiguous_format), z
+
+
+def _rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """v and z, v in fp32."""
+    z = project(x, basis)
+    return residual(x, z, basis, signs, block), z
+
+
+def project(x: Tensor, basis: Tensor | None) -> Tensor:
+    """z = bf16(x U)."""
+    if basis is None:
+        return x.new_empty((x.shape[0], 0), dtype=torch.bfloat16)
+    return (x.float() @ basis.float()).bfloat16()
+
+
+def residual(x: Tensor, z: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> Tensor:
+    """v = (x − z Uᵀ) D H in fp32."""
+    v = x.float()
+    if basis is not None:
+        v = v - z.float() @ basis.float().T
+    if signs is not None:
+        v = block_hadamard(v * signs, block)
+    return v
+
+
+def rotate_quantize(
+    x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v of `rotate`, then the prologue named `mode`."""
+    v, z = _rotate(x, basis, signs, block)
+    codes, scale = quantize(v, mode)
+    return codes, scale, z
+
+
+def quantize(v: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] and scale fp32 [M] of v by the prologue `mode`."""
+    return {"codebook": _codebook, "int4": _int4, "int8": _int8}[mode](v)
+
+
+def _in_units(v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """v / s and s per row, both 0 where s vanishes."""
+    usable = scale >= SMALLEST_SCALE
+    inverse = torch.where(usable, 1 / scale, 0)
+    return v * inverse[:, None], torch.where(usable, scale, 0)
+
+
+def _codebook(v: Tensor) -> tuple[Tensor, Tensor]:
+    rms = v.square().mean(1).sqrt()
+    units, scale = _in_units(v, rms / CODEBOOK_RMS)
+    size = units.abs()
+    magnitude = torch.full(v.shape, MAGNITUDES[0], dtype=torch.int8, device=v.device)
+    for midpoint, rise in zip(MIDPOINTS, MAGNITUDE_STEPS, strict=True):
+        magnitude += (size > midpoint).to(torch.int8) * rise
+    return torch.where(units < 0, -magnitude, magnitude), scale
+
+
+def _int4(v: Tensor) -> tuple[Tensor, Tensor]:
+    units, scale = _in_units(v, v.abs().amax(1) / 127)
+    units = units.unflatten(1, (-1, GROUP))
+    low, high = units.amin(2, keepdim=True), units.amax(2, keepdim=True)
+    step = ((high - low) / 15 + 0.5).floor().clamp(1, 17)
+    offset = ((low + high) / 2 - 7.5 * step + 0.5).floor()
+    offset = torch.minimum(offset.clamp(min=-128), 127 - 15 * step)
+    q = ((units - offset) / step + 0.5).floor().clamp(0, 15)
+    return (step * q + offset).flatten(1).to(torch.int8), scale
+
+
+def _int8(v: Tensor) -> tuple[Tensor, Tensor]:
+    units, scale = _in_units(v, v.abs().amax(1) / 127)
+    return (units + 0.5).floor().clamp(-127, 127).to(torch.int8), scale
+
+
+def linear_a8(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = s_m t_n Σ_k a_mk w_nk + Σ_j z_mj L_nj + b_n; the sum over k is exact."""
+    y = int8_matmul(codes, decode(weight, table)).float()
+    y *= scale[:, None]
+    y *= weight_scale
+    return _finish(y, z, low_rank, bias).to(out_dtype)
+
+
+def linear_a16(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+) -> Tensor:
+    """y = x Ŵᵀ + z Lᵀ + b, Ŵ = table[code] · scale rounded to x.dtype; accumulated in fp32."""
+    y = x.float() @ dequantize(weight, weight_scale, table, x.dtype).float().T
+    return _finish(y, z, low_rank, bias).to(x.dtype)
+
+
+def _finish(y: Tensor, z: Tensor | None, low_rank: Tensor | None, bias: Tensor | None) -> Tensor:
+    if z is not None and low_rank is not None:
+        y += z.float() @ low_rank.float().T
+    if bias is not None:
+        y += bias.float()
+    return y
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Weight [N, K] in `dtype` from codes uint8 [N, K/2] and fp32 scales [N] or [N, G]; rounded once."""
+    values = decode(weight, table)
+    groups = weight_scale.reshape(values.shape[0], -1, 1)
+    return (values.unflatten(1, (groups.shape[1], -1)) * groups).flatten(1).to(dtype)
+
+
+def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
+    """Exact int32 product a wᵀ of int8 a [M, K] and w [N, K]."""
+    if a.device.type == "cpu" and _cpu_int_mm_is_exact():
+        return torch._int_mm(a, w.T)
+    # |a w| <= 128 · 127, so 1024 terms stay below 2^24, where fp32 (and tf32) sums of integers are exact.
+    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32, device=a.device)
+    for a_part, w_part in zip(a.split(1024, 1), w.split(1024, 1), strict=True):
+        total += (a_part.float() @ w_part.float().T).to(torch.int32)
+    return total
+
+
+@lru_cache(maxsize=1)
+def _cpu_int_mm_is_exact() -> bool:
+    """Whether torch's integer product is fast (AVX-512) and does not saturate (it does without VNNI)."""
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if not (avx512 and torch.backends.mkldnn.is_available()):
+        return False
+    a = torch.full((32, 128), -128, dtype=torch.int8)
+    w = torch.full((33, 128), 127, dtype=torch.int8)
+    return bool((torch._int_mm(a, w.T) == -128 * 127 * 128).all())

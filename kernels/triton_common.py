@@ -1,0 +1,81 @@
+"""What the Triton kernels share: the 4-bit decode, the low-rank branch, tile order, a table as kernel arguments."""
+
+import os
+import struct
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+
+def table_words(table: Sequence[int]) -> tuple[int, ...]:
+    """The 16 int8 values of a table as four little-endian 32-bit words."""
+    return struct.unpack("<4i", struct.pack("<16b", *table))
+
+
+# Launch options of every kernel. A product and a sum are rounded apart, as in the reference: no fused multiply-add.
+OPTIONS = {"enable_fp_fusion": False}
+
+# Triton's interpreter keeps a bfloat16 as its 16 bits, truncates when it makes one, and multiplies the bits in a
+# dot; `narrow` and `dot` give it the arithmetic of a GPU.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 x rounded to nearest even in DTYPE."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b of 16- or 32-bit floats, accumulated in fp32; fp32 operands are not rounded."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def decode(codes, t0, t1, t2, t3):
+    """int8 table values of int32 `codes` in 0..15; t0..t3 hold the table, four bytes each (`table_words`)."""
+    low = tl.where((codes & 4) != 0, t1, t0)
+    high = tl.where((codes & 4) != 0, t3, t2)
+    word = tl.where((codes & 8) != 0, high, low)
+    return (word >> ((codes & 3) * 8)).to(tl.int8)
+
+
+@triton.jit
+def low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """The tile [BN, BM] of (z Lᵀ)ᵀ in fp32, for z [M, r] and L [N, r] in bf16; zeros if r = 0."""
+    total = tl.zeros((BN, BM), tl.float32)
+    for start in range(0, r, BR):
+        ranks = start + tl.arange(0, BR)
+        z = tl.load(
+            z_ptr + rows[None, :].to(tl.int64) * r + ranks[:, None],
+            mask=(rows[None, :] < M) & (ranks[:, None] < r),
+            other=0.0,
+        )
+        low_rank = tl.load(
+            low_rank_ptr + cols[:, None].to(tl.int64) * r + ranks[None, :],
+            mask=(cols[:, None] < N) & (ranks[None, :] < r),
+            other=0.0,
+        )
+        total = dot(low_rank, z, total)
+    return total
+
+
+@triton.jit
+def tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and columns of a program's output tile, in bands of eight row tiles: a band's operands stay in L2."""
+    band_rows: tl.constexpr = 8
+    row_tiles = tl.cdiv(M, BM)
+    per_band = band_rows * tl.cdiv(N, BN)
+    first = program // per_band * band_rows
+    height = tl.minimum(row_tiles - first, band_rows)
+    row_tile = first + program % per_band % height
+    col_tile = program % per_band // height
+    return row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)

@@ -1,0 +1,90 @@
+"""Triton kernel of `linear_a8`: 8-bit activations times 4-bit weights on the int8 lattice.
+
+The tile is computed transposed, Cᵀ = Ŵ Aᵀ: the weights, which are decoded in registers, are then the left operand,
+the one that a matrix instruction can take from registers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import OPTIONS, decode, low_rank_tile, narrow, table_words, tile_of
+
+
+@triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
+def linear_a8_kernel(
+    codes_ptr, scale_ptr, z_ptr, weight_ptr, weight_scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
+    M, N, K, r, t0, t1, t2, t3,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = ((Σ_k a w) · s) · t + z Lᵀ + b."""
+    rows, cols = tile_of(tl.program_id(0), M, N, BM, BN)
+    a_at = codes_ptr + rows[None, :].to(tl.int64) * K + tl.arange(0, BK)[:, None]
+    w_at = weight_ptr + cols[:, None].to(tl.int64) * (K // 2) + tl.arange(0, BK // 2)[None, :]
+    total = tl.zeros((BN, BM), tl.int32)
+    for _ in range(0, K, BK):
+        packed = tl.load(w_at, mask=cols[:, None] < N, other=0).to(tl.int32)
+        low = decode(packed & 15, t0, t1, t2, t3)
+        high = decode(packed >> 4, t0, t1, t2, t3)
+        w = tl.reshape(tl.join(low, high), (BN, BK))
+        a = tl.load(a_at, mask=rows[None, :] < M, other=0)
+        total = tl.dot(w, a, total, out_dtype=tl.int32)
+        a_at += BK
+        w_at += BK // 2
+
+    scale = tl.load(scale_ptr + rows, mask=rows < M, other=0.0)
+    weight_scale = tl.load(weight_scale_ptr + cols, mask=cols < N, other=0.0)
+    y = total.to(tl.float32) * scale[None, :] * weight_scale[:, None]
+    if HAS_LOW_RANK:
+        y += low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM, BN, BR)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
+    out_at = out_ptr + rows[None, :].to(tl.int64) * N + cols[:, None]
+    tl.store(out_at, narrow(y, out_ptr.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))
+
+
+def blocks(m: int, k: int) -> dict[str, int]:
+    """Tile sizes and launch options for M tokens and K columns (a multiple of 64)."""
+    few = {"BK": 128 if k % 128 == 0 else 64, "BR": 32, "num_warps": 4, "num_stages": 3}
+    if m <= 16:
+        return {"BM": 16, "BN": 64, **few}
+    if m <= 64:
+        return {"BM": 64, "BN": 64, **few}
+    return {"BM": 128, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 3}
+
+
+def linear_a8(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    m, k = codes.shape
+    n = weight.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
+    if not out.numel():
+        return out
+    tile = blocks(m, k)
+    grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
+    codes, scale, weight_scale = codes.contiguous(), scale.contiguous(), weight_scale.contiguous()
+    rank = 0 if z is None or low_rank is None else z.shape[1]
+    # Absent tensors are never read; any pointer stands in for them.
+    z_or_any = weight_scale if z is None else z.contiguous()
+    low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
+    bias_or_any = weight_scale if bias is None else bias.contiguous()
+    with torch.cuda.device_of(codes):
+        linear_a8_kernel[grid](
+            codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
+            m, n, k, rank, *table_words(table),
+            HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile, **OPTIONS,
+        )  # fmt: skip
+    return out

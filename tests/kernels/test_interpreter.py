@@ -1,0 +1,20 @@
+"""Runs the `cpu` cases of `test_triton.py` in a process whose Triton interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.timeout(300)
+def test_interpreted_kernels_agree_with_the_reference():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider"]
+    file = Path(__file__).with_name("test_triton.py")
+    done = subprocess.run([*command, str(file)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,106 @@
+"""Every Triton kernel compiled for GPUs that are not here: it compiles, uses the matrix unit, fits shared memory."""
+
+import os
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton does not compile while it interprets", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dirotq.kernels import triton_linear, triton_rotate, triton_w4a16  # noqa: E402
+from dirotq.kernels.triton_common import OPTIONS  # noqa: E402
+
+KIB = 1024
+# Shared memory that one program can use, and the int8 matrix instruction of the chip.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB, r"wgmma\.mma_async\S*s32\.s8\.s8"),
+    # tcgen05 with Triton 3.9; with 3.4 and 3.6 the instruction of sm_80
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB, r"tcgen05\.mma\S*kind::i8|mma\.sync\S*s32\.s8\.s8"),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * KIB, r"v_wmma_i32\S*iu8"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB, r"v_mfma_i32\S*i8"),
+}
+FLOAT_MATRIX = (
+    r"mma\.sync\S*f32\.(bf16|f16)|wgmma\.mma_async\S*f32\.(bf16|f16)|tcgen05\.mma\S*kind::f16|v_(wmma|mfma)_f32"
+)
+
+SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
+WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
+A8 = {**WEIGHTS, "codes_ptr": "i8", "scale_ptr": "fp32", "weight_scale_ptr": "fp32"}
+A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "fp32"}
+QUANTIZE = {**SITE, "partial_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
+LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
+ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
+MANY = triton_rotate.blocks(4608, 128)
+
+KERNELS = {
+    "project": (triton_rotate.project_kernel, SITE, {"PARTS": 1, **triton_rotate.project_blocks(4608)}, False),
+    "rotate": (triton_rotate.rotate_kernel, {**SITE, "v_ptr": "bf16"}, {**ROTATED, **MANY}, False),
+    "measure": (triton_rotate.measure_kernel, QUANTIZE, {**ROTATED, "MODE": "int8", **MANY}, False),
+    "quantize codebook": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "codebook", **MANY}, False),
+    "quantize int4": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "int4", **MANY}, False),
+    "quantize int4, one token": (
+        triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "int4", **triton_rotate.blocks(1, 128)}, False
+    ),
+    "quantize int4, no basis": (
+        triton_rotate.quantize_kernel,
+        {**QUANTIZE, "x_ptr": "fp16", "basis_ptr": "fp16"},
+        {**ROTATED, "PROJECT": False, "MODE": "int4", **MANY},
+        False,
+    ),
+    "a8, many tokens": (
+        triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(4608, 3072)}, True
+    ),
+    "a8, one token": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(1, 3072)}, True),
+    "a16, few tokens": (
+        triton_w4a16.few_tokens_kernel, A16, {**LINEAR, **triton_w4a16.few_tokens_blocks(3072)}, False
+    ),
+    "a16, many tokens": (
+        triton_w4a16.many_tokens_kernel,
+        A16,
+        {**LINEAR, **triton_w4a16.many_tokens_blocks(torch.bfloat16)},
+        False,
+    ),
+}  # fmt: skip
+
+
+def compile_for(target, kernel, pointers, values):
+    options = {**OPTIONS, **{name: values[name] for name in ("num_warps", "num_stages")}}
+    signature, attributes, constants = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+            constants[(position,)] = values[name]
+        else:
+            kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name == "norm" else "i32"
+            signature[name] = kind
+            if name.endswith("_ptr") or name == "K":  # as a launch finds them
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    try:
+        return triton.compile(source, target=target, options=options)
+    except Exception as error:
+        if "ld.lld" in str(error):  # older Triton does not bring the linker for AMD
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("chip", TARGETS)
+def test_compiles(chip, name):
+    target, shared_memory, int8_matrix = TARGETS[chip]
+    kernel, pointers, values, is_int8 = KERNELS[name]
+    compiled = compile_for(target, kernel, pointers, values)
+    assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    assert re.search(FLOAT_MATRIX, assembly)
+    assert not is_int8 or re.search(int8_matrix, assembly)
+    assert compiled.metadata.shared <= shared_memory

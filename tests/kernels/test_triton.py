@@ -1,0 +1,183 @@
+"""Triton kernels against the reference: every shape on a GPU, a few in Triton's interpreter on the CPU.
+
+The interpreter is chosen when Triton is imported, for the whole process: `test_interpreter.py` starts one with
+TRITON_INTERPRET=1, where this file also offers its `cpu` cases.
+"""
+
+import os
+
+import pytest
+import torch
+
+from dirotq import kernels
+
+from . import cases
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    SMALL = [(1, 128, 33), (7, 192, 65), (77, 256, 33), (17, 64, 130)]
+else:
+    SMALL = []
+
+ALL_KN = (*cases.PIXART, *cases.FLUX, (192, 33), (1152, 1153), (64, 1))
+
+
+def on(cpu, gpu):
+    """Parameter sets with their device."""
+    gpu_sets = [pytest.param(*values, "cuda", marks=pytest.mark.gpu) for values in gpu]
+    return [pytest.param(*values, "cpu") for values in (cpu if SMALL else [])] + gpu_sets
+
+
+def shapes():
+    return on(SMALL, [(m, k, n) for k, n in ALL_KN for m in cases.TOKENS])
+
+
+def sites():
+    full = [(m, k) for k in (64, 192, 1152, 3072, 4608, 12288, 15360) for m in cases.TOKENS]
+    return on([(m, k) for m, k, _ in SMALL], full)
+
+
+def block_of(k):
+    return 128 if k % 128 == 0 else 64
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
+    monkeypatch.setenv("DIROTQ_BACKEND", "triton")
+
+
+def by_reference(op, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIROTQ_BACKEND", "reference")
+        return op(*arguments)
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "k", "device"), sites())
+def test_rotate_quantize(m, k, device, dtype, mode):
+    case = cases.site(m, k, min(64, k // 8), block=block_of(k), dtype=dtype, device=device)
+    assert case.x.stride(0) != k
+    cases.assert_same_quantization(case, mode, *kernels.rotate_quantize(*case.arguments, mode))
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize(
+    ("m", "k", "rank", "block", "signs", "dtype", "device"),
+    on(
+        [
+            (7, 192, 1, 16, True, torch.float32),
+            (5, 64, 0, 1, True, torch.bfloat16),
+            (5, 128, 33, 128, False, torch.float16),
+            (66, 128, 0, 2, False, torch.bfloat16),
+        ],
+        [
+            (7, 192, 1, 16, True, torch.float32),
+            (77, 1152, 144, 128, True, torch.float32),
+            (5, 64, 0, 1, True, torch.bfloat16),
+            (512, 1152, 0, 64, True, torch.bfloat16),
+            (512, 3072, 33, 128, False, torch.bfloat16),
+            (512, 3072, 0, 32, False, torch.float16),
+            (4608, 3072, 384, 128, True, torch.bfloat16),
+            (512, 15360, 1920, 128, True, torch.bfloat16),
+        ],
+    ),
+)
+def test_rotate_quantize_variants(m, k, rank, block, signs, dtype, device, mode):
+    case = cases.site(m, k, rank, block=block, signs=signs, dtype=dtype, device=device)
+    cases.assert_same_quantization(case, mode, *kernels.rotate_quantize(*case.arguments, mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k", "rank", "device"), on([(7, 192, 3), (65, 128, 0)], [(7, 192, 3), (4608, 3072, 64)]))
+def test_rotate(m, k, rank, dtype, device):
+    case = cases.site(m, k, rank, block=block_of(k), dtype=dtype, device=device)
+    v, z = kernels.rotate(*case.arguments)
+    expected, expected_z = by_reference(kernels.rotate, *case.arguments)
+    same_z = (z == expected_z).all(1)
+    assert same_z.float().mean() > 0.5 and v.dtype == dtype
+    cases.assert_close(v[same_z], expected[same_z])
+
+
+@pytest.mark.parametrize(("m", "k", "n", "device"), shapes())
+def test_lattice_product_is_exact(m, k, n, device):
+    codes, scale = cases.lattice(m, k, device)
+    w = cases.weights(n, k, device=device)
+    for table in (kernels.CODEBOOK16, kernels.INT4):
+        arguments = (codes, scale, None, w.weight, w.row_scale, None, None, table, torch.float32)
+        y = kernels.linear_a8(*arguments)
+        assert torch.equal(y, by_reference(kernels.linear_a8, *arguments))
+        assert torch.equal(y, kernels.linear_a8(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "k", "n", "device"), shapes())
+def test_linear_a8(m, k, n, device, dtype):
+    codes, scale = cases.lattice(m, k, device)
+    for rank in (33, 64):
+        w = cases.weights(n, k, rank, dtype=dtype, device=device)
+        z = torch.randn(m, rank, generator=torch.Generator().manual_seed(4)).bfloat16().to(device)
+        rest = (w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16)
+        y = kernels.linear_a8(codes, scale, z, *rest, dtype)
+        cases.assert_close(y, by_reference(kernels.linear_a8, codes, scale, z, *rest, dtype))
+        single = kernels.linear_a8(codes, scale, z, *rest, torch.float32)
+        cases.assert_close(single, by_reference(kernels.linear_a8, codes, scale, z, *rest, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "device"),
+    on(
+        SMALL,
+        [(m, k, n) for k, n in (*cases.PIXART, (3072, 9216), (192, 33), (1152, 1153)) for m in (1, 2, 16, 17, 512)],
+    ),
+)
+def test_linear_a16(m, k, n, device, grouped, dtype):
+    x = cases.site(m, k, dtype=dtype, device=device, signs=False).x
+    w = cases.weights(n, k, 5, dtype=dtype, device=device)
+    z = torch.randn(m, 5, generator=torch.Generator().manual_seed(4)).bfloat16().to(device)
+    scale = w.group_scale if grouped else w.row_scale[:, None]
+    for arguments in (
+        (x, z, w.weight, scale, w.low_rank, w.bias, kernels.INT4),
+        (x, None, w.weight, scale, None, None, kernels.CODEBOOK16),
+    ):
+        cases.assert_close(kernels.linear_a16(*arguments), by_reference(kernels.linear_a16, *arguments))
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize(("m", "k", "n", "device"), on(SMALL, [(m, 3072, 9216) for m in cases.TOKENS]))
+def test_linear_is_its_two_ops_and_repeats(m, k, n, device, mode):
+    case = cases.site(m, k, 8, block=block_of(k), device=device)
+    w = cases.weights(n, k, 8, device=device)
+    rest = (w.weight, w.row_scale, w.low_rank, w.bias, kernels.CODEBOOK16)
+    y = kernels.linear(*case.arguments, mode, *rest)
+    codes, scale, z = kernels.rotate_quantize(*case.arguments, mode)
+    assert torch.equal(y, kernels.linear_a8(codes, scale, z, *rest, case.x.dtype))
+    assert torch.equal(y, kernels.linear(*case.arguments, mode, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_compiled_without_graph_breaks(mode):
+    case = cases.site(77, 3072, 64, device="cuda")
+    w = cases.weights(3072, 3072, 64, device="cuda")
+
+    def block(x):
+        y = kernels.linear(x, *case.arguments[1:], mode, w.weight, w.row_scale, w.low_rank, w.bias, kernels.CODEBOOK16)
+        return torch.nn.functional.gelu(y) * 2
+
+    compiled = torch.compile(block, fullgraph=True)
+    cases.assert_close(compiled(case.x), block(case.x))
+
+
+@pytest.mark.gpu
+def test_offsets_past_31_bits():
+    # M · N = 2.2e9 output elements and M · K codes of the same number of bytes.
+    m, k, n = 34000, 64, 64000
+    codes, scale = cases.lattice(m, k, "cuda")
+    w = cases.weights(n, k, device="cuda")
+    arguments = (w.weight, w.row_scale, None, None, kernels.INT4, torch.bfloat16)
+    y = kernels.linear_a8(codes, scale, None, *arguments)
+    last = slice(m - 100, m)
+    expected = by_reference(kernels.linear_a8, codes[last], scale[last], None, *arguments)
+    assert torch.equal(y[last], expected)
