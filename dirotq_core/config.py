@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from .activations import ACTIVATION_FORMATS
 from .methods import METHODS, check_activation, method
 from .register import register
 from .transforms import aligned_rank
@@ -40,7 +41,7 @@ class DiRotQConfig(QuantizationConfigMixin):
     Args:
         method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn".
         activation_bits: 4, 8 or 16. A run-time choice: see `dirotq.set_activation_bits`.
-        activation_format: overrides the method's format of that many bits, for example "codebook".
+        activation_format: replaces the method's format of as many bits, for example "codebook" (4 bits).
         rank: width r of the 16-bit subspace. Exclusive with `high_fraction`.
         high_fraction: that width as a share of the input width; 0.125 is the paper's.
         basis: "pca" (the paper's) or "joint" (minimizes activation and weight error together).
@@ -81,10 +82,9 @@ class DiRotQConfig(QuantizationConfigMixin):
                 f"({FORMAT_VERSION}); upgrade dirotq"
             )
         chosen = method(self.method)
-        if self.activation_bits is not None and self.activation_bits not in ACTIVATION_BITS:
-            raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS}, got {self.activation_bits!r}")
+        _check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
         if self.activation_format is not None:
-            check_activation(self.activation_format, self.method, self.activation_bits or 4)
+            check_activation(self.activation_format, self.method)
         if self.rank is not None and self.high_fraction is not None:
             raise ValueError(f"give rank ({self.rank}) or high_fraction ({self.high_fraction}), not both")
         if self.rank is not None:
@@ -92,7 +92,9 @@ class DiRotQConfig(QuantizationConfigMixin):
             if chosen.transform == "dense_pca" and self.rank % 64:
                 raise ValueError(f"rank must be a multiple of 64 for method {self.method!r}, got {self.rank}")
         if self.high_fraction is not None and not (
-            isinstance(self.high_fraction, (int, float)) and 0 <= self.high_fraction <= 0.5
+            isinstance(self.high_fraction, (int, float))
+            and not isinstance(self.high_fraction, bool)
+            and 0 <= self.high_fraction <= 0.5
         ):
             raise ValueError(f"high_fraction must be between 0 and 0.5, got {self.high_fraction!r}")
         _check_choice("basis", self.basis, ("pca", "joint"))
@@ -132,22 +134,24 @@ class DiRotQConfig(QuantizationConfigMixin):
         out.basis = out.basis or m.basis
         out.rounding = out.rounding or m.rounding
         if out.activation_bits is None:
-            out.activation_bits = 4 if calibrated or out.activation_format else 8
+            chosen = ACTIVATION_FORMATS[out.activation_format].bits if out.activation_format else None
+            out.activation_bits = chosen or (4 if calibrated else 8)
         out.modules_to_not_convert = list(out.modules_to_not_convert or [])
         out.weight_only_modules = list(out.weight_only_modules or [])
         return out
 
     def site_rank(self, features: int) -> int:
         """r for a site of width K: `rank`, at most K/2, or K·`high_fraction` rounded up to a multiple of 64."""
-        if self.high_fraction is not None:
-            return min(aligned_rank(features, self.high_fraction), features // 2)
-        return min(self.rank or 0, features // 2)
+        wanted = self.rank or 0 if self.high_fraction is None else aligned_rank(features, self.high_fraction)
+        if method(self.method).transform == "dense_pca":  # what is left must be whole groups, too
+            return min(wanted, features // 128 * 64)
+        return min(wanted, features // 2)
 
     def activation(self, bits: int) -> str | None:
         """Name of the activation format for `bits`, None for 16."""
         if bits == 16:
             return None
-        if self.activation_format is not None and bits == self.activation_bits:
+        if self.activation_format is not None and bits == ACTIVATION_FORMATS[self.activation_format].bits:
             return self.activation_format
         return method(self.method).activations[bits]
 
@@ -173,12 +177,14 @@ class DiRotQConfig(QuantizationConfigMixin):
         unknown = sorted(set(config_dict) - set(cls.__dataclass_fields__))
         if unknown and not (isinstance(version, int) and version > FORMAT_VERSION):
             raise ValueError(f"unknown fields in the dirotq quantization_config: {', '.join(unknown)}")
-        known = {k: v for k, v in config_dict.items() if k in cls.__dataclass_fields__}
-        return super().from_dict(known, return_unused_kwargs, **kwargs)
+        fields = cls.__dataclass_fields__
+        given = {**config_dict, **kwargs}
+        config = cls(**{k: v for k, v in given.items() if k in fields})
+        return (config, {k: v for k, v in kwargs.items() if k not in fields}) if return_unused_kwargs else config
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value is not None and (type(value) is not type(choices[0]) or value not in choices):
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 

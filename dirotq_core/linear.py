@@ -84,7 +84,8 @@ class InputSite(nn.Module):
         users = len(self.plan.linears)
         if users == 1:
             return self.compute(x)
-        # An input changed in place between siblings must not be taken for the old one.
+        # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
+        # count their versions; no transformer we have a recipe for changes one there.
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         entry = self.memo.entry
         if entry is not None and entry[0] is self and entry[1] is x and entry[2] == version:

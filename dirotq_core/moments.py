@@ -45,6 +45,6 @@ class SecondMoment:
 
     def mean(self) -> torch.Tensor:
         """C [K, K] (or its diagonal [K]) in float32. Raises ValueError before any token was seen."""
-        if self._sum is None:
+        if self._sum is None or self.tokens == 0:
             raise ValueError("no calibration tokens were seen")
         return self._sum / self.tokens

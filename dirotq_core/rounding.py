@@ -12,7 +12,7 @@ from .codebooks import WeightFormat
 logger = logging.getLogger(__name__)
 
 #: Candidate factors on the initial scale, tried in `search_scales`.
-SCALE_FACTORS = (0.70, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18, 1.24)
+SCALE_FACTORS = tuple(0.60 + 0.06 * i for i in range(16))
 GPTQ_BLOCK = 128
 GPTQ_DAMPING = 0.01
 #: Damping is raised tenfold this often before GPTQ gives up on a matrix.
@@ -38,6 +38,9 @@ def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor |
     groups = fmt.scale_columns(k)
     w = w.float().reshape(n, groups, -1)
     h = w.new_ones(1) if importance is None else importance.to(w.device, torch.float32).reshape(1, groups, -1)
+    # Where the calibration says nothing (a dead group) or nothing usable, all columns count alike.
+    said = h.sum(-1, keepdim=True)
+    h = torch.where((said > 0) & torch.isfinite(said), h, 1.0)
     start = w.square().mean(-1, keepdim=True).sqrt() / fmt.rms
     best_scale, best_error = start, torch.full_like(start, torch.inf)
     for factor in SCALE_FACTORS:
@@ -48,7 +51,9 @@ def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor |
             torch.where(better, scale, best_scale),
             torch.where(better, error, best_error),
         )
-    return best_scale.squeeze(-1)
+    best_scale = best_scale.squeeze(-1)
+    # Grouped scales are stored in bfloat16; codes must be chosen for the scales that will be used.
+    return best_scale.bfloat16().float() if fmt.grouped else best_scale
 
 
 def _divide(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

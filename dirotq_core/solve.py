@@ -77,7 +77,7 @@ def solve_site(
         target, low_rank = plan.transform.fold(torch.cat([w.double() for w in weights]), site)
         low_moment = None if moment is None else transformed_moment(plan.transform, moment.to(target.device), site)
         rounded = _round(target, plan, config, low_moment)
-        if "basis" in site and moment is not None:
+        if "basis" in site and "smooth" not in site and moment is not None:  # a basis of x itself
             energy = captured_energy(moment, torch.linalg.qr(site["basis"].double())[0])
     return SolvedSite(
         site={k: t.cpu() for k, t in site.items()},

@@ -150,8 +150,9 @@ def _prepare_smooth(s: SiteStatistics) -> Tensors:
     w_size = w.abs().amax(0).clamp(min=1e-8)
     smooth = x_size**SMOOTHING_STRENGTH / w_size ** (1 - SMOOTHING_STRENGTH)
     smooth = (smooth / smooth.log().mean().exp()).float()
-    _, _, vh = torch.linalg.svd(w * smooth.double(), full_matrices=False)
-    return {"smooth": smooth, "basis": vh[: s.rank].T.to(torch.bfloat16)}
+    w = w * smooth.double()
+    right = torch.linalg.eigh(w.T @ w)[1]  # right singular vectors, ascending; also where r exceeds the rows of w
+    return {"smooth": smooth, "basis": right[:, s.features - s.rank :].to(torch.bfloat16)}
 
 
 def _apply_smooth(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -143,7 +143,9 @@ def test_pickle_is_refused(case, tmp_path):
 
 def test_model_without_a_recipe(tmp_path):
     AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"AutoencoderKL has no DiRotQ recipe; supported: FluxTransformer2DModel, PixArt"):
+    with pytest.raises(
+        ValueError, match=r"AutoencoderKL has no DiRotQ recipe; supported: FluxTransformer2DModel, PixArt"
+    ):
         AutoencoderKL.from_pretrained(tmp_path, quantization_config=dirotq.DiRotQConfig())
 
 

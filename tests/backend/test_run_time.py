@@ -20,7 +20,7 @@ def test_import_is_light():
         "import dirotq\n"
         "seconds = time.perf_counter() - start\n"
         "new = set(sys.modules) - before\n"
-        "heavy = [m for m in new if m.split('.')[0] in ('triton', 'transformers', 'comfy', 'comfy_api', 'matplotlib')]\n"
+        "heavy = {m.split('.')[0] for m in new} & {'triton', 'transformers', 'comfy', 'comfy_api', 'matplotlib'}\n"
         "assert not heavy, heavy\n"
         "assert seconds < 1, seconds\n"
         "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
