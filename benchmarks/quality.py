@@ -1,6 +1,7 @@
 """Quality of every method on the embedded models: SQNR, PSNR, SSIM, scene accuracy, bits.
 
     python benchmarks/quality.py --prompts 128 --calibration 128 --out benchmarks/results/quality
+    python benchmarks/quality.py --join a.json b.json --out benchmarks/results/quality
 
 All methods see the same calibration activations, prompts and seeds. SQNR is the median over the W4A4 linears of the
 output's signal-to-noise ratio on tokens of held-out prompts; images are compared with the unquantized model's.
@@ -16,9 +17,11 @@ import platform
 import time
 from pathlib import Path
 
-import dirotq
+import diffusers
 import numpy as np
 import torch
+
+import dirotq
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.calibrate import Calibration
 from dirotq.dirotq_core.demo.checker import check
@@ -62,7 +65,7 @@ def configurations() -> dict[str, dict]:
     return rows
 
 
-def draw(pipeline, scenes, call, batch: int = 16) -> list[np.ndarray]:
+def draw(pipeline, scenes, call, batch: int) -> list[np.ndarray]:
     images = []
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
@@ -76,7 +79,7 @@ def evaluate(name: str, args: argparse.Namespace) -> list[dict]:
     pipeline = load_pipeline(name, torch_dtype=torch.bfloat16).to(args.device)
     dense = pipeline.transformer
     scenes = prompts(args.prompts, seed=2)
-    reference = draw(pipeline, scenes, model.call)
+    reference = draw(pipeline, scenes, model.call, args.batch)
     accuracy = float(np.mean([check(i, s).ok for i, s in zip(reference, scenes, strict=True)]))
     parameters = sum(p.numel() for p in dense.parameters())
     rows = [{"model": name, "method": "bf16", "accuracy": accuracy, "bytes": parameters * 2, "bits": 16.0}]
@@ -98,7 +101,7 @@ def evaluate(name: str, args: argparse.Namespace) -> list[dict]:
         w4a4 = {p for plan in model_plans if plan.quantize_input for p in plan.linears}
         sqnr = float(np.median([r.output_db for r in report.linears if r.name in w4a4]))
         pipeline.transformer = quantized
-        images = draw(pipeline, scenes, model.call)
+        images = draw(pipeline, scenes, model.call, args.batch)
         pipeline.transformer = dense
         size = sum(p.numel() * p.element_size() for p in quantized.parameters())
         inside = sum(_bytes(m) for m in quantized_linears(quantized).values() if m.plan.quantize_input)
@@ -161,17 +164,20 @@ def main() -> None:
     parser.add_argument("--only", help="only methods whose label contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    parser.add_argument("--batch", type=int, default=16, help="images drawn at once")
+    parser.add_argument("--join", type=Path, nargs="+", help="only join results of earlier runs, one model each")
     args = parser.parse_args()
-    rows = [row for name in args.models for row in evaluate(name, args)]
+    if args.join:
+        parts = [json.loads(path.read_text()) for path in args.join]
+        rows, environment = [row for part in parts for row in part["rows"]], parts[0]["environment"]
+    else:
+        rows = [row for name in args.models for row in evaluate(name, args)]
+        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
+        versions = {m.__name__: m.__version__ for m in (torch, diffusers, np)}
+        sizes = {"prompts": args.prompts, "calibration": args.calibration}
+        environment = {"device": device, **versions, **sizes}
     header = f"{'model':<18} {'method':<34} {'SQNR':>6} {'PSNR':>6} {'SSIM':>6} {'scenes':>7} {'bits':>6} {'linear':>6}"
     print("\n" + "\n".join([header, *map(format_row, rows)]))
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
-    environment = {
-        "device": device,
-        "torch": torch.__version__,
-        "prompts": args.prompts,
-        "calibration": args.calibration,
-    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     plot(rows, args.out.with_suffix(".png"))

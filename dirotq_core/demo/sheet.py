@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 Panel = tuple[str, Sequence[str], Sequence[np.ndarray], Sequence[np.ndarray]]
 
 COLUMNS = 8
-GAP, LABEL, CAPTION = 6, 74, 46
+GAP, LABEL, CAPTION = 6, 74, 60
 
 
 def contact_sheet(panels: Sequence[Panel], columns: int = COLUMNS) -> Image.Image:
@@ -36,7 +36,7 @@ def contact_sheet(panels: Sequence[Panel], columns: int = COLUMNS) -> Image.Imag
                 if i % columns == 0:
                     pen.text((GAP, y + k * (size + GAP) + size // 2 - 8), label, fill="black", font=font)
                 sheet.paste(Image.fromarray(image), (x, y + k * (size + GAP)))
-            lines = textwrap.wrap(caption, max(12, size // 6))[:3]
+            lines = textwrap.wrap(caption, max(12, size // 6))[:4]
             pen.text((x, y + 2 * (size + GAP)), "\n".join(lines), fill="#444", font=small, spacing=2)
         top += height
     return sheet
