@@ -4,7 +4,7 @@ Order of calls in `from_pretrained`: validate_environment, update_torch_dtype, m
 and newer), _process_model_before_weight_loading, validate_environment once more with the final device map,
 update_missing_keys, per tensor check_if_quantized_param and create_quantized_param (neither, if any part of the model
 goes to disk), _process_model_after_weight_loading. `from_single_file` calls validate_environment without arguments,
-maybe_update_state_dict (0.39), and none of maybe_update_loaded_keys and update_missing_keys.
+maybe_update_state_dict (0.42), and none of maybe_update_loaded_keys and update_missing_keys.
 """
 
 from __future__ import annotations

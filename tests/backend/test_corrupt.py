@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors.torch import load_file, save_file
 
 
@@ -53,6 +54,7 @@ def test_a_tensor_that_the_index_does_not_name(flux_case, tmp_path):
         flux_case.load(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"), reason="needs diffusers 0.39")
 def test_pickles_are_not_read(flux_case, tmp_path):
     tensors = load_file(flux_case.quantized / "diffusion_pytorch_model.safetensors")
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")

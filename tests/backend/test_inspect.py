@@ -53,7 +53,7 @@ def test_truncated(copy):
         ('{"quantization_config": {"quant_method": "dirotq", "format_version": 9}}', "format_version 9 is newer"),
         ('{"quantization_config": {"quant_method": "dirotq"}}', "_class_name is None"),
         ('{"quantization_config": {"quant_method": "dirotq"}, "_class_name": ["x"]}', "_class_name is ['x']"),
-        ('{"quantization_config": {"quant_method": "dirotq"}, "_class_name": "FluxPipeline"}', "no model class"),
+        ('{"quantization_config": {"quant_method": "dirotq"}, "_class_name": "DDPMScheduler"}', "no model class"),
     ],
 )
 def test_bad_configurations(copy, text, message):
