@@ -1,8 +1,10 @@
 """The diffusers backend: `DiffusersQuantizer` for ``quant_method="dirotq"``.
 
-Order of calls in `from_pretrained`: validate_environment, update_torch_dtype, maybe_update_loaded_keys,
-_process_model_before_weight_loading, update_missing_keys, per tensor check_if_quantized_param and
-create_quantized_param, _process_model_after_weight_loading.
+Order of calls in `from_pretrained`: validate_environment, update_torch_dtype, maybe_update_loaded_keys (diffusers 0.39
+and newer), _process_model_before_weight_loading, validate_environment once more with the final device map,
+update_missing_keys, per tensor check_if_quantized_param and create_quantized_param (neither, if any part of the model
+goes to disk), _process_model_after_weight_loading. `from_single_file` calls validate_environment without arguments,
+maybe_update_state_dict (0.42), and none of maybe_update_loaded_keys and update_missing_keys.
 """
 
 from __future__ import annotations
@@ -10,57 +12,75 @@ from __future__ import annotations
 import copy
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from .activations import ACTIVATION_FORMATS
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
-from .checkpoint import CheckpointError, check_names, check_tensor, expected_tensors
+from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
-from .layout import SitePlan, Spec, linear_at, plan_sites
-from .linear import DiRotQLinear
+from .files import check_files, check_headers, read_headers
+from .layout import SitePlan, linear_at, plan_sites
+from .linear import DiRotQLinear, InputSite
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
 
-#: Float32 tensors that the loader must not cast to the compute dtype.
-KEEP_IN_FP32 = ("weight_scale", "smooth")
+#: Tensors of a dtype of their own. The loader writes what goes to disk in the compute dtype, except what its list of
+#: float32 modules names; accelerate reads it back in the dtype of our empty parameters, so that no bit is lost.
+KEEP_IN_FP32 = ("weight_scale", "smooth", "low_rank", "basis", "rotation")
+
+#: What data-free quantization reads; 8-bit floats mostly come with scales elsewhere in the file.
+DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class DiRotQQuantizer(DiffusersQuantizer):
     """Loads DiRotQ checkpoints, and quantizes dense ones without data while they load."""
 
     quantization_config: DiRotQConfig
+    pre_quantized: bool
     use_keep_in_fp32_modules = True
     requires_calibration = False
 
     def __init__(self, quantization_config: DiRotQConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        self._requested = quantization_config
         # A copy: a pipeline configuration hands one object to every load.
         self.quantization_config = copy.deepcopy(quantization_config).resolved(calibrated=self.pre_quantized)
         self.dtype = torch.bfloat16
         self._device_map: dict | None = None
-        self._found: list[str] | None = None
-        self._spec: Spec = {}
+        self._single_file = False
+        self._files: list[Path] = []
+        self._spec: CheckpointSpec = {}
         self._plan_of: dict[str, SitePlan] = {}
         self._made: dict[str, DiRotQLinear] = {}
 
     # --- before loading ---
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not kwargs:
+            # A single file has no configuration that could say that it is quantized, so diffusers does not know.
+            self._single_file, self.pre_quantized = True, False
+            self.quantization_config = copy.deepcopy(self._requested).resolved(calibrated=False)
         device_map = kwargs.get("device_map")
         self._device_map = device_map if isinstance(device_map, dict) else None
-        if not self.pre_quantized and self._device_map and "disk" in self._device_map.values():
+        if not self.pre_quantized and self._offloads_to_disk:
             raise ValueError(
                 "quantizing while loading cannot offload to disk: save the quantized model first "
                 "(save_pretrained), then load that with this device_map"
             )
 
+    @property
+    def _offloads_to_disk(self) -> bool:
+        return self._device_map is not None and "disk" in self._device_map.values()
+
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         self.dtype = torch_dtype or torch.bfloat16
-        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        if self.dtype not in DENSE_DTYPES:
             raise ValueError(f"torch_dtype must be bfloat16, float16 or float32 for dirotq, got {torch_dtype}")
         return self.dtype
 
@@ -74,8 +94,20 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return sizes
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        self._found = list(loaded_keys)
+        self._files = [Path(f) for f in checkpoint_files]
         return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self._single_file and any(
+            name.endswith(".weight_scale") and state_dict[name.removesuffix("_scale")].dtype == torch.uint8
+            for name in state_dict
+            if name.removesuffix("_scale") in state_dict
+        ):
+            raise CheckpointError(
+                "the file is part of a dirotq checkpoint, which needs its config.json: load the folder with "
+                "from_pretrained, without a quantization_config"
+            )
+        return state_dict
 
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
@@ -84,8 +116,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         plans = plan_sites(model, config)
         self._plan_of = {n: p for p in plans for n in p.linears}
         if self.pre_quantized:
-            biases = {n: model.get_submodule(n).bias is not None for n in self._plan_of}
-            self._spec = expected_tensors(plans, biases)
+            self._spec = checkpoint_tensors(model, plans)
             self._made = replace_linears(model, plans, config, self.dtype)
             # The loader's own list, which it consults per tensor; a class's list is not ours to change.
             if keep_in_fp32_modules is not None and keep_in_fp32_modules is not type(model)._keep_in_fp32_modules:
@@ -102,9 +133,26 @@ class DiRotQQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=config)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        if self.pre_quantized and self._found is not None:
-            check_names(self._found, model.state_dict().keys())
+        if self.pre_quantized:
+            self._check_before_loading(missing_keys)
         return missing_keys
+
+    def _check_before_loading(self, missing: list[str]) -> None:
+        for file in self._files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file} is no safetensors file; dirotq reads no other")
+        readable = bool(self._files) and all(f.is_file() for f in self._files)
+        if readable and self._offloads_to_disk:
+            check_files(self._files, self._spec)  # the loader will show us no tensor
+        elif self._offloads_to_disk:
+            raise ValueError(
+                "a device_map with 'disk' needs diffusers 0.39 or newer and a checkpoint in a folder: otherwise "
+                "diffusers does not say which files they are, and nothing would check the tensors that go to disk"
+            )
+        elif readable:
+            check_headers(read_headers(self._files), self._spec)
+        else:  # what is too much is seen when the first tensor beside it is loaded
+            check_names(set(self._spec) - set(missing), self._spec)
 
     # --- per tensor ---
 
@@ -117,7 +165,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> bool:
         if self.pre_quantized:
-            return param_name in self._spec
+            return True  # the dense ones as well: each is checked
         return param_name.endswith(".weight") and param_name[: -len(".weight")] in self._plan_of
 
     def check_quantized_param_shape(
@@ -135,12 +183,26 @@ class DiRotQQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             self._quantize_on_the_fly(model, owner, stored, target_device)
             return
-        check_tensor(param_name, stored, *self._spec[param_name])
-        assign(model.get_submodule(owner), {leaf: (param_value if leaf == "bias" else stored).to(target_device)})
+        if not self._files and state_dict.keys() - self._spec.keys():
+            check_names([*self._spec, *state_dict], self._spec)
+        shape, dtype = self._spec[param_name]
+        check_tensor(param_name, stored, shape, dtype)
+        module = model.get_submodule(owner)
+        current = getattr(module, leaf)
+        own = isinstance(module, (DiRotQLinear, InputSite)) and leaf != "bias"
+        value = (stored if own else param_value).to(target_device)
+        if isinstance(current, nn.Parameter):
+            value = nn.Parameter(value, current.requires_grad)
+        setattr(module, leaf, value)
 
     def _quantize_on_the_fly(
         self, model: nn.Module, name: str, weight: torch.Tensor, device: torch.device | str
     ) -> None:
+        if weight.dtype not in DENSE_DTYPES:
+            raise ValueError(
+                f"{name}.weight has dtype {weight.dtype}; dirotq quantizes bfloat16, float16 or float32 weights, so "
+                "give it the original model"
+            )
         plan, module, dense = self._plan_of[name], self._made[name], linear_at(model, name)
         one = SitePlan(**{**plan.__dict__, "linears": (name,), "out_features": (module.out_features,)})
         compute = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,14 +218,12 @@ class DiRotQQuantizer(DiffusersQuantizer):
     # --- after loading ---
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if not (self._device_map and "disk" in self._device_map.values()):
+        if not self._offloads_to_disk:
             empty = [n for n, p in model.named_parameters() if p.is_meta]
             if empty:
                 raise CheckpointError(f"checkpoint lacks {len(empty)} tensors, among them {empty[0]!r}")
-        self._found, self._spec, self._plan_of, self._made = None, {}, {}, {}
+        self._files, self._spec, self._plan_of, self._made = [], {}, {}, {}
         _finish(model)
-        if self.quantization_config.activation_bits == 4:
-            _hint_at_eight_bits()
         return model
 
     # --- properties and the way back ---
@@ -191,6 +251,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         )
         if hasattr(model, "quantization_method"):
             del model.quantization_method
+        model.is_quantized = False  # diffusers before 0.39 does not
         return model
 
     @property
@@ -210,7 +271,14 @@ class DiRotQQuantizer(DiffusersQuantizer):
 @cache
 def _hint_at_eight_bits() -> None:
     """Said once: our 4-bit products run on 8-bit units, so on today's GPUs 8-bit activations cost no more."""
-    logger.info("4-bit activations; dirotq.set_activation_bits(model, 8) is closer to the original at the same cost")
+    # A warning, not info: nobody sees info by default, and whoever does not read this gives image quality away.
+    logger.warning("4-bit activations; dirotq.set_activation_bits(model, 8) is closer to the original at the same cost")
+
+
+def _multiplies_four_bit_lattice(model: nn.Module) -> bool:
+    sites = (m.site for m in quantized_linears(model).values())
+    formats = {ACTIVATION_FORMATS[s.activation] for s in sites if s.activation is not None}
+    return any(f.lattice and f.bits == 4 for f in formats)
 
 
 def _finish(model: Any) -> None:
@@ -219,6 +287,9 @@ def _finish(model: Any) -> None:
     patterns = tuple(getattr(model, "_skip_layerwise_casting_patterns", None) or ())
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
+    # Only lattice formats are integer products, and only GPUs have the units in question.
+    if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
+        _hint_at_eight_bits()
 
 
 def attach_quantizer(model: Any, config: DiRotQConfig, dtype: torch.dtype) -> None:

@@ -8,6 +8,9 @@ import torch
 
 from .layout import SitePlan, Spec
 
+#: As `Spec`; a dtype of None stands for any floating-point one.
+CheckpointSpec = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
 
 class CheckpointError(ValueError):
     """A checkpoint does not hold what its configuration says; the message names the tensor."""
@@ -28,21 +31,51 @@ def expected_tensors(plans: Iterable[SitePlan], biases: Mapping[str, bool]) -> S
     return spec
 
 
-def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise CheckpointError unless `tensor` has the shape and dtype, and finite (for scales positive) values."""
-    if tuple(tensor.shape) != tuple(shape):
-        raise CheckpointError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if name.endswith(".bias"):
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, expected a floating-point dtype")
-    elif tensor.dtype != dtype:
-        raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, expected {dtype}")
+def checkpoint_tensors(model: torch.nn.Module, plans: Iterable[SitePlan]) -> CheckpointSpec:
+    """Full name → (shape, dtype) of every tensor of the checkpoint of a `model` that is still dense.
+
+    What stays dense has the model's compute dtype, stated as None.
+    """
+    plans = list(plans)
+    state = model.state_dict()
+    spec: CheckpointSpec = {
+        name: (tuple(t.shape), None if t.is_floating_point() else t.dtype) for name, t in state.items()
+    }
+    return spec | expected_tensors(plans, {n: f"{n}.bias" in state for p in plans for n in p.linears})
+
+
+def check_header(
+    name: str, found_shape: Iterable[int], found: torch.dtype, shape: Iterable[int], dtype: torch.dtype | None
+) -> None:
+    """Raise CheckpointError unless the tensor has the shape and the dtype, which for biases may be any float."""
+    if tuple(found_shape) != tuple(shape):
+        raise CheckpointError(f"tensor {name!r} has shape {tuple(found_shape)}, expected {tuple(shape)}")
+    if dtype is None or name.endswith(".bias"):
+        if not found.is_floating_point:
+            raise CheckpointError(f"tensor {name!r} has dtype {found}, expected a floating-point dtype")
+    elif found != dtype:
+        raise CheckpointError(f"tensor {name!r} has dtype {found}, expected {dtype}")
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise CheckpointError for NaN and infinity in any tensor, and for values its kind cannot have.
+
+    Weight scales are not negative (0 is a row of zeros), smoothing factors are positive, signs are +1 or -1.
+    """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise CheckpointError(f"tensor {name!r} holds NaN or infinity")
     if name.endswith(".weight_scale") and (tensor < 0).any():
         raise CheckpointError(f"tensor {name!r} holds a negative scale")
-    if name.endswith(".signs") and not (tensor.abs() == 1).all():
+    if name.endswith(".input_site.smooth") and (tensor <= 0).any():
+        raise CheckpointError(f"tensor {name!r} holds a smoothing factor that is not positive")
+    if name.endswith(".input_site.signs") and not (tensor.abs() == 1).all():
         raise CheckpointError(f"tensor {name!r} holds values other than +1 and -1")
+
+
+def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """`check_header` and `check_values` of one tensor."""
+    check_header(name, tensor.shape, tensor.dtype, shape, dtype)
+    check_values(name, tensor)
 
 
 def check_names(found: Iterable[str], expected: Iterable[str]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, checkpoint_tensors
 from .config import DiRotQConfig
+from .files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
 from .layout import SitePlan, plan_sites
 from .report import QuantizationReport
 
@@ -74,71 +75,72 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         CheckpointError: nothing is there, it is not a DiRotQ checkpoint, or its files do not fit its configuration.
     """
     folder = find_transformer(path)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file = folder / "config.json"
+    raw = read_json(file)
     quantization = raw.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{file}: quantization_config must be a JSON object, got {quantization!r}")
     if quantization.get("quant_method") != "dirotq":
         raise CheckpointError(
             f"{folder} is not a DiRotQ checkpoint: its config.json has "
-            + (f"quant_method {quantization['quant_method']!r}" if quantization else "no quantization_config")
+            + (f"quant_method {quantization.get('quant_method')!r}" if quantization else "no quantization_config")
         )
-    config = DiRotQConfig.from_dict(quantization).resolved(calibrated=True)
-    model = _skeleton(raw)
-    plans = plan_sites(model, config)
-    sizes = tensor_sizes(folder)
-    report = QuantizationReport.load(folder) or QuantizationReport.load(folder.parent)
+    try:
+        config = DiRotQConfig.from_dict(quantization).resolved(calibrated=True)
+        model = _skeleton(raw)
+        plans = plan_sites(model, config)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    entries = read_headers(checkpoint_files(folder))
+    check_headers(entries, checkpoint_tensors(model, plans))
+    report = _report(folder)
     known = {r.name: r.output_db for r in report.linears} if report else {}
-    rows = [row for plan in plans for row in _rows(plan, config, sizes, known)]
+    rows = [row for plan in plans for row in _rows(plan, config, entries, known)]
     parameters = sum(p.numel() for p in model.parameters())
-    return Inspection(folder, raw.get("_class_name", "?"), config, rows, sum(sizes.values()), parameters)
+    total = sum(e.bytes for e in entries.values())
+    return Inspection(folder, raw["_class_name"], config, rows, total, parameters)
+
+
+def _report(folder: Path) -> QuantizationReport | None:
+    """The report beside the transformer, or beside the pipeline that it is part of."""
+    found = QuantizationReport.load(folder)
+    folder = folder.resolve()
+    if found is None and folder.name == "transformer" and (folder.parent / "model_index.json").is_file():
+        found = QuantizationReport.load(folder.parent)
+    return found
 
 
 def _skeleton(raw: dict):
     import diffusers
     from accelerate import init_empty_weights
 
-    name = raw.get("_class_name", "")
-    cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "from_config"):
-        raise CheckpointError(f"config.json names the model class {name!r}, which diffusers does not have")
-    with init_empty_weights():
-        return cls.from_config({k: v for k, v in raw.items() if k != "quantization_config"})
+    name = raw.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise ValueError(f"_class_name is {name!r}, which is no model class of diffusers")
+    cls: Any = found
+    try:
+        with init_empty_weights():
+            return cls.from_config({k: v for k, v in raw.items() if k != "quantization_config"})
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be made with these values: {error}") from error
 
 
-def tensor_sizes(folder: str | Path) -> dict[str, int]:
-    """Tensor name → bytes, from the headers of all safetensors files in `folder`."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors file")
-    sizes: dict[str, int] = {}
-    for file in files:
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 0 < length <= file.stat().st_size - 8:
-                raise CheckpointError(f"{file} is truncated or no safetensors file")
-            header = json.loads(f.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                sizes[name] = end - begin
-    return sizes
-
-
-def _rows(plan: SitePlan, config: DiRotQConfig, sizes: Mapping[str, int], known: Mapping[str, float | None]):
-    def size(name: str) -> int:
-        if name not in sizes:
-            raise CheckpointError(f"checkpoint does not fit its configuration: missing tensor {name!r}")
-        return sizes[name]
-
-    site = sum(size(f"{plan.owner}.input_site.{k}") for k in plan.site_spec())
+def _rows(
+    plan: SitePlan, config: DiRotQConfig, entries: Mapping[str, TensorEntry], known: Mapping[str, float | None]
+) -> Iterator[LinearRow]:
+    site = sum(entries[f"{plan.owner}.input_site.{k}"].bytes for k in plan.site_spec())
     total_out = sum(plan.out_features)
     for name, n in zip(plan.linears, plan.out_features, strict=True):
-        own = sum(size(f"{name}.{k}") for k in plan.linear_spec(n))
+        own = sum(entries[f"{name}.{k}"].bytes for k in plan.linear_spec(n))
         bits = config.activation_bits if plan.quantize_input else 16
         yield LinearRow(name, n, plan.in_features, f"W4A{bits}", plan.rank, own + site * n / total_out, known.get(name))
 
 
 def format_table(result: Inspection, limit: int | None = None) -> str:
-    """The inspection as text, at most `limit` rows of linears (None for all)."""
+    """The inspection as text, at most `limit` rows of linears (None for all). ValueError if it is negative."""
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must be at least 0, got {limit}")
     rows = result.rows if limit is None else result.rows[:limit]
     width = max((len(r.name) for r in rows), default=4)
     lines = [

@@ -47,9 +47,12 @@ class QuantizationReport:
 
     @classmethod
     def load(cls, folder: str | Path) -> QuantizationReport | None:
-        """The report in `folder`, None if there is none."""
+        """The report in `folder`, None if there is none. ValueError names the file if it is no report."""
         path = Path(folder) / REPORT_NAME
         if not path.is_file():
             return None
-        body = json.loads(path.read_text(encoding="utf-8"))
-        return cls(body["method"], body["activation_bits"], [LinearReport(**r) for r in body["linears"]])
+        try:
+            body = json.loads(path.read_bytes())
+            return cls(body["method"], body["activation_bits"], [LinearReport(**r) for r in body["linears"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no report of a quantization: {error!r}") from error

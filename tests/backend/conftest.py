@@ -1,8 +1,12 @@
 """Tiny transformers of both architectures, random weights, saved dense and quantized without data."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 import dirotq
 
@@ -112,3 +116,64 @@ def helpers():
     from types import SimpleNamespace
 
     return SimpleNamespace(run=run, sqnr=sqnr, inputs=inputs)
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+WEIGHT = "single_transformer_blocks.0.proj_out.weight"
+SCALE = "single_transformer_blocks.0.proj_out.weight_scale"
+SIGNS = "transformer_blocks.0.attn.to_q.input_site.signs"
+
+
+def set_to(name, value):
+    def change(tensors):
+        tensors[name] = value(tensors[name])
+
+    return change
+
+
+def poison(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[3] = float("nan")
+    return tensor
+
+
+#: A change to the tensors, and what the error says.
+BROKEN = [
+    (lambda t: t.pop(WEIGHT), f"1 missing tensor: '{WEIGHT}'"),
+    (lambda t: t.pop("x_embedder.bias"), "1 missing tensor: 'x_embedder.bias'"),
+    (lambda t: t.update(surplus=torch.zeros(3)), "1 unexpected tensor: 'surplus'"),
+    (set_to(WEIGHT, lambda w: w.to(torch.int32)), f"'{WEIGHT}' has dtype torch.int32, expected torch.uint8"),
+    (set_to(SCALE, lambda s: s.to(torch.bfloat16)), f"'{SCALE}' has dtype torch.bfloat16, expected torch.float32"),
+    (set_to(WEIGHT, lambda w: w[:, :-1].contiguous()), f"'{WEIGHT}' has shape"),
+    (set_to(SCALE, lambda s: s[:-1]), f"'{SCALE}' has shape"),
+    (set_to(SCALE, poison), f"'{SCALE}' holds NaN or infinity"),
+    (set_to(SCALE, lambda s: -s), f"'{SCALE}' holds a negative scale"),
+    (set_to(SIGNS, lambda s: s * 2), f"'{SIGNS}' holds values other than"),
+    (set_to("x_embedder.weight", poison), "'x_embedder.weight' holds NaN or infinity"),
+    (set_to("x_embedder.weight", lambda w: w.to(torch.int32)), "'x_embedder.weight' has dtype torch.int32, expected a"),
+    (set_to("x_embedder.weight", lambda w: w[:-1]), "x_embedder.weight"),
+]
+
+
+@pytest.fixture(params=BROKEN, ids=[message for _, message in BROKEN])
+def broken(request):
+    """(change, message): a way to break `flux_case`'s checkpoint, and a part of the error that it must raise."""
+    return request.param
+
+
+@pytest.fixture
+def copy(flux_case, tmp_path):
+    """Copy the quantized checkpoint with `change(tensors)` applied, and return its folder."""
+
+    def make(change=lambda tensors: None, config=lambda c: None):
+        folder = tmp_path / "copy"
+        shutil.copytree(flux_case.quantized, folder)
+        tensors = load_file(folder / FILE)
+        change(tensors)
+        save_file(tensors, folder / FILE, metadata={"format": "pt"})
+        raw = json.loads((folder / "config.json").read_text())
+        config(raw["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(raw))
+        return folder
+
+    return make

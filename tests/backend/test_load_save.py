@@ -6,9 +6,15 @@ import logging
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.quantizers.base import DiffusersQuantizer
 
 import dirotq
+from dirotq.dirotq_core import backend
 from dirotq.dirotq_core.build import quantized_linears
+
+asked_when_saving = pytest.mark.skipif(
+    not hasattr(DiffusersQuantizer, "get_state_dict_and_metadata"), reason="needs diffusers 0.39"
+)
 
 
 def test_on_the_fly_is_close_and_says_so(case, helpers, caplog):
@@ -43,21 +49,6 @@ def test_device_maps(case, helpers, device_map):
     expected = helpers.run(case.load())
     assert torch.equal(helpers.run(case.load(device_map=device_map)), expected)
     assert torch.equal(helpers.run(case.on_the_fly(device_map=device_map)), expected)
-
-
-def test_disk_offload_keeps_the_bits(flux_case, helpers, tmp_path):
-    expected = helpers.run(flux_case.load())
-    blocks = {n: "disk" for n, _ in flux_case.load().named_children() if n == "single_transformer_blocks"}
-    others = {n: "cpu" for n, _ in flux_case.load().named_children() if n not in blocks}
-    model = flux_case.load(device_map={**others, **blocks}, offload_folder=str(tmp_path / "offload"))
-    assert any(p.is_meta for p in model.parameters())
-    with torch.no_grad():
-        assert torch.equal(model(**helpers.inputs(model))[0], expected)
-
-
-def test_quantizing_to_disk_is_refused(flux_case, tmp_path):
-    with pytest.raises(ValueError, match="cannot offload to disk"):
-        flux_case.on_the_fly(device_map={"": "disk"}, offload_folder=str(tmp_path))
 
 
 def test_float32_and_float16(case, helpers):
@@ -136,6 +127,7 @@ def test_a_config_object_is_not_changed_by_loading(case):
     assert config == dirotq.DiRotQConfig()
 
 
+@asked_when_saving
 def test_pickle_is_refused(case, tmp_path):
     with pytest.raises(ValueError, match="safetensors only"):
         case.load().save_pretrained(tmp_path, safe_serialization=False)
@@ -153,3 +145,25 @@ def test_methods_that_need_data_say_so(case):
     for config in (dirotq.DiRotQConfig(method="paper"), dirotq.DiRotQConfig(rank=32)):
         with pytest.raises(ValueError, match=r"needs calibration data: use dirotq\.quantize"):
             case.on_the_fly(config)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "config", "said"),
+    [
+        (True, {"activation_bits": 4}, True),
+        (True, {"activation_bits": 4, "method": "hadamard"}, True),
+        (True, {"activation_bits": 8}, False),
+        (True, {"activation_bits": 4, "method": "rtn"}, False),
+        (False, {"activation_bits": 4}, False),
+    ],
+)
+def test_the_hint_at_eight_bits_is_said_once(flux_case, tmp_path, monkeypatch, caplog, gpu, config, said):
+    flux_case.on_the_fly(dirotq.DiRotQConfig(**config)).save_pretrained(tmp_path)
+    backend._hint_at_eight_bits.cache_clear()
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for _ in range(2):
+        flux_case.load(tmp_path)
+    warnings = [r for r in caplog.records if "set_activation_bits(model, 8)" in r.message]
+    assert [r.levelno for r in warnings] == [logging.WARNING] * said
+    backend._hint_at_eight_bits.cache_clear()

@@ -40,6 +40,8 @@ def test_a_quantized_model_has_exactly_the_expected_tensors(quantized, family, m
         ("bias", torch.tensor([0, NAN], dtype=BF16), (2,), F32, ["NaN or infinity"]),
         ("input_site.basis", torch.zeros(64, 4, dtype=torch.float16), (64, 4), BF16, ["float16", "bfloat16"]),
         ("input_site.basis", torch.full((64, 4), NAN, dtype=BF16), (64, 4), BF16, ["NaN or infinity"]),
+        ("input_site.smooth", torch.tensor([1.0, 0]), (2,), F32, ["smoothing factor that is not positive"]),
+        ("input_site.smooth", torch.tensor([1.0, -1]), (2,), F32, ["smoothing factor that is not positive"]),
         ("input_site.signs", torch.tensor([1, 0, -1], dtype=I8), (3,), I8, ["other than +1 and -1"]),
         ("input_site.signs", torch.tensor([1, 1, -3], dtype=I8), (3,), I8, ["other than +1 and -1"]),
     ],

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -83,3 +84,17 @@ def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0 and "usage: dirotq" in capsys.readouterr().out
+
+
+def test_inspect_of_something_broken_is_one_line(capsys, pixart, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(pixart.folder / "transformer", folder)
+    status, _, err = run(capsys, "inspect", folder, "--limit", -1)
+    assert status == 1 and err == "dirotq inspect: limit must be at least 0, got -1\n"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    status, _, err = run(capsys, "inspect", folder)
+    assert status == 1 and "it is truncated" in err and err.count("\n") == 1
+    (folder / "config.json").write_text("[]")
+    status, _, err = run(capsys, "inspect", folder)
+    assert status == 1 and "must hold a JSON object, not a list" in err and err.count("\n") == 1

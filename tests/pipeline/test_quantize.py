@@ -1,14 +1,20 @@
 """`dirotq.quantize` and what users do with its result, on the embedded models."""
 
+import shutil
 import subprocess
 import sys
 
 import diffusers
 import pytest
 import torch
+from accelerate.utils import align_module_device
 from diffusers import PipelineQuantizationConfig
+from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors.torch import load_file, save_file
 
 import dirotq
+import dirotq.dirotq_core.quantize as quantize_module
+from dirotq.dirotq_core import backend
 from dirotq.dirotq_core.build import quantized_linears
 
 
@@ -132,3 +138,40 @@ def test_weight_only_modules(pixart):
     assert all((b == 16) == n.endswith("ff.net.2") for n, b in bits.items())
     dirotq.set_activation_bits(pipeline, 8)
     assert {m.activation_bits for m in quantized_linears(pipeline.transformer).values()} == {8, 16}
+
+
+@pytest.mark.skipif(not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"), reason="needs diffusers 0.39")
+def test_disk_offload_keeps_every_bit(pixart, tmp_path):
+    """Also in float16, which cannot hold bfloat16's smallest numbers."""
+    folder = tmp_path / "copy"
+    shutil.copytree(pixart.folder / "transformer", folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith(".low_rank"))
+    tensors[name][:] = 1e-9
+    save_file(tensors, file, metadata={"format": "pt"})
+    cls = type(pixart.quantized.transformer)
+    plain = cls.from_pretrained(folder, torch_dtype=torch.float16)
+    offloaded = cls.from_pretrained(
+        folder, torch_dtype=torch.float16, device_map={"": "disk"}, offload_folder=str(tmp_path / "offload")
+    )
+    for name, module in offloaded.named_modules():
+        with align_module_device(module):
+            for leaf, p in module.named_parameters(recurse=False):
+                expected = plain.get_parameter(f"{name}.{leaf}" if name else leaf)
+                assert p.dtype == expected.dtype and torch.equal(p, expected), (name, leaf)
+
+
+def test_the_hint_at_eight_bits_is_given_after_quantize(pixart, monkeypatch, caplog):
+    pipeline = pixart.load()
+    backend._hint_at_eight_bits.cache_clear()
+    install = quantize_module.install_all
+
+    def with_gpu(*args):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        install(*args)
+
+    monkeypatch.setattr(quantize_module, "install_all", with_gpu)
+    dirotq.quantize(pipeline, dirotq.DiRotQConfig(activation_bits=4), progress=False)
+    assert "set_activation_bits(model, 8)" in caplog.text
+    backend._hint_at_eight_bits.cache_clear()

@@ -1,0 +1,47 @@
+"""A device map that sends a part of the model to disk: same checks, same bits."""
+
+import pytest
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+
+# Before 0.39 diffusers does not name the files to a quantizer.
+KNOWS_FILES = hasattr(DiffusersQuantizer, "maybe_update_loaded_keys")
+knows_files = pytest.mark.skipif(not KNOWS_FILES, reason="needs diffusers 0.39")
+
+
+def maps(case):
+    """All on disk, and the blocks on disk with the rest on the CPU."""
+    model = case.load()
+    names = {n.split(".")[0] for n, _ in model.named_parameters()}
+    return {"": "disk"}, {n: "disk" if n.endswith("blocks") else "cpu" for n in names}
+
+
+@knows_files
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_disk_offload_keeps_the_bits(case, helpers, tmp_path, which, dtype):
+    expected = helpers.run(case.load(torch_dtype=dtype))
+    model = case.load(torch_dtype=dtype, device_map=maps(case)[which], offload_folder=str(tmp_path / "offload"))
+    assert any(p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(**helpers.inputs(model, dtype))[0], expected)
+
+
+@knows_files
+@pytest.mark.parametrize("which", [0, 1])
+def test_disk_offload_checks_what_it_offloads(flux_case, copy, broken, tmp_path, which):
+    change, message = broken
+    with pytest.raises(ValueError) as error:
+        flux_case.load(copy(change), device_map=maps(flux_case)[which], offload_folder=str(tmp_path / "offload"))
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif(KNOWS_FILES, reason="diffusers 0.39 and newer name the files")
+def test_disk_offload_that_cannot_be_checked_is_refused(flux_case, tmp_path):
+    with pytest.raises(ValueError, match=r"a device_map with 'disk' needs diffusers 0\.39"):
+        flux_case.load(device_map={"": "disk"}, offload_folder=str(tmp_path))
+
+
+def test_quantizing_to_disk_is_refused(flux_case, tmp_path):
+    with pytest.raises(ValueError, match="cannot offload to disk"):
+        flux_case.on_the_fly(device_map={"": "disk"}, offload_folder=str(tmp_path))
