@@ -23,6 +23,7 @@ from .activations import ACTIVATION_FORMATS
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
+from .diffusers_habits import ignore_fusing, stop_ignoring_fusing, teach_flux_loras
 from .files import check_files, check_headers, read_headers
 from .layout import SitePlan, linear_at, plan_sites
 from .linear import DiRotQLinear, InputSite
@@ -252,6 +253,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
         if hasattr(model, "quantization_method"):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
+        stop_ignoring_fusing(model)
         return model
 
     @property
@@ -287,6 +289,9 @@ def _finish(model: Any) -> None:
     patterns = tuple(getattr(model, "_skip_layerwise_casting_patterns", None) or ())
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
+    ignore_fusing(model)
+    if type(model).__name__ == "FluxTransformer2DModel":
+        teach_flux_loras()
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
         _hint_at_eight_bits()

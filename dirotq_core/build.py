@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,8 +45,10 @@ def _site_modules(
     ]
 
 
-def install_site(model: nn.Module, plan: SitePlan, solved: SolvedSite, config: DiRotQConfig, memo: SiteMemo) -> None:
-    """Replace the dense linears of one site by quantized ones holding `solved`, on the linears' own devices."""
+def solved_modules(
+    model: nn.Module, plan: SitePlan, solved: SolvedSite, config: DiRotQConfig, memo: SiteMemo
+) -> dict[str, DiRotQLinear]:
+    """Quantized linears of one site holding `solved`, by name, on the devices of the dense ones; `model` stays."""
     dense = [linear_at(model, n) for n in plan.linears]
     modules = _site_modules(model, plan, config, memo, dense[0].weight.dtype, "meta")
     for old, new, tensors in zip(dense, modules, solved.linears, strict=True):
@@ -53,8 +57,21 @@ def install_site(model: nn.Module, plan: SitePlan, solved: SolvedSite, config: D
             assign(new, {"bias": old.bias.data})
         new.train(old.training)
     assign(modules[0].site, {k: t.to(dense[0].weight.device) for k, t in solved.site.items()})
-    for name, module in zip(plan.linears, modules, strict=True):
-        model.set_submodule(name, module)
+    return dict(zip(plan.linears, modules, strict=True))
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` into `model` by name; if the block inside ends in an error, put the old ones back."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    except BaseException:  # an interrupt as well: a model that is half one thing is neither
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        raise
 
 
 def assign(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

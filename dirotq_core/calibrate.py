@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,32 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .layout import SitePlan
+from .layout import SitePlan, site_seed
 from .moments import SecondMoment
 
 #: Tokens kept per site, of held-out prompts, to measure the output error on.
 HELD_OUT_TOKENS = 512
 #: One prompt in this many is held out of the statistics.
 HELD_OUT_EVERY = 8
+#: Share of the device's free memory that statistics may take; the rest is for activations and the solver.
+MEMORY_SHARE = 0.8
+
+logger = logging.getLogger(__name__)
+
+
+def _statistics_go_to_host(model: torch.nn.Module, plans: Sequence[SitePlan]) -> bool:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return False
+    needed = sum(4 * p.in_features ** (1 if p.transform is None else 2) for p in plans)
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed < MEMORY_SHARE * free:
+        return False
+    logger.warning(
+        "statistics of %.1f GB do not fit beside the model into the %.1f GB free on %s; they are summed in host "
+        "memory, which is slower", needed / 1e9, free / 1e9, device,
+    )  # fmt: skip
+    return True
 
 
 class Calibration:
@@ -28,8 +48,13 @@ class Calibration:
     def __init__(self, model: torch.nn.Module, plans: Sequence[SitePlan]):
         self.model = model
         self.plans = plans
-        self.moments = {p.owner: SecondMoment(p.in_features, diagonal=p.transform is None) for p in plans}
+        host = _statistics_go_to_host(model, plans)
+        self.moments = {
+            p.owner: SecondMoment(p.in_features, diagonal=p.transform is None, device="cpu" if host else None)
+            for p in plans
+        }
         self._kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
+        self.ran = False
         self._holding_out = False
         self._rows_per_call = HELD_OUT_TOKENS
 
@@ -63,7 +88,8 @@ class Calibration:
 
     @torch.no_grad()
     def run(self, pipeline: Any, prompts: Sequence[str], call: dict[str, Any], seed: int, progress: bool) -> None:
-        """Draw every prompt with seed `seed` + its index. The last eighth of the prompts is held out."""
+        """Draw every prompt, with noise of its own that no user's seed gives. The last eighth is held out."""
+        self.ran = True
         held = len(prompts) // HELD_OUT_EVERY if len(prompts) > 1 else 0
         held = max(held, 1 if len(prompts) > 1 else 0)
         steps = int(call.get("num_inference_steps", 20))
@@ -75,7 +101,7 @@ class Calibration:
             with self.recording():
                 for i, prompt in enumerate(bar):
                     self._holding_out = i >= len(prompts) - held
-                    generator = torch.Generator("cpu").manual_seed(seed + i)
+                    generator = torch.Generator("cpu").manual_seed(site_seed(f"calibration {i}", seed))
                     pipeline(prompt, generator=generator, output_type="latent", **call)
         finally:
             pipeline.set_progress_bar_config(**quiet)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import shutil
+import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from .folders import write_folder
+from .prompts import BUILT_IN_PROMPTS, read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,13 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         args.run(args)
+    except subprocess.CalledProcessError as error:  # it has said why on stderr
+        print(f"dirotq {args.command}: a child process failed with status {error.returncode}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         if args.verbose:
             raise
         print(f"dirotq {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"dirotq {args.command}: interrupted; nothing was written", file=sys.stderr)
+        left = "what is finished stays in the folder" if args.command == "demo" else "nothing was written"
+        print(f"dirotq {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
     return 0
 
@@ -44,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         "16 and in 4 bit, and write a contact sheet and a table. Needs no network and no GPU.",
     )
     demo.add_argument("--out", type=Path, default=Path("dirotq-demo"), help="folder to write (default: %(default)s)")
-    demo.add_argument("--prompts", type=int, default=16, metavar="N", help="prompts to draw (default: %(default)s)")
+    demo.add_argument(
+        "--prompts", type=_positive, default=16, metavar="N", help="prompts to draw (default: %(default)s)"
+    )
     demo.add_argument(
         "--calibration", type=int, default=32, metavar="N", help="calibration prompts (default: %(default)s)"
     )
@@ -85,10 +92,10 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", action="append", metavar="PATTERN", help="modules to leave in 16 bit; can be repeated"
     )
     quantize.add_argument("--no-modulation", action="store_true", help="leave modulation layers in 16 bit")
-    quantize.add_argument("--steps", type=int, default=20, help="denoising steps per prompt (default: %(default)s)")
+    quantize.add_argument("--steps", type=_positive, default=20, help="steps per prompt (default: %(default)s)")
     quantize.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    quantize.add_argument("--height", type=int, help="image height in pixels (default: the pipeline's)")
-    quantize.add_argument("--width", type=int, help="image width in pixels (default: the pipeline's)")
+    quantize.add_argument("--height", type=_positive, help="image height in pixels (default: the pipeline's)")
+    quantize.add_argument("--width", type=_positive, help="image width in pixels (default: the pipeline's)")
     quantize.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     quantize.add_argument("--device", default=None, help="cpu, cuda, … (default: cuda if there is one)")
     quantize.add_argument("--seed", type=int, default=0)
@@ -108,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(args: argparse.Namespace) -> None:
     from .demo.run import run_demo
 
-    run_demo(args.out, args.prompts, args.calibration, args.device or default_device())
+    run_demo(args.out, args.prompts, args.calibration, pick_device(args.device))
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -125,6 +132,7 @@ def _quantize(args: argparse.Namespace) -> None:
         rounding=args.rounding, activation_bits=args.activation_bits, modules_to_not_convert=args.keep,
         quantize_modulation=not args.no_modulation, seed=args.seed,
     )  # fmt: skip
+    device = pick_device(args.device)
     if args.data_free and args.prompts:
         raise ValueError("--data-free and --prompts exclude each other")
     prompts = [] if args.data_free else read_prompts(args.prompts or BUILT_IN_PROMPTS)
@@ -143,7 +151,7 @@ def _quantize(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{type(pipeline).__name__} has no transformer; dirotq quantizes FLUX.1 and PixArt-Σ pipelines"
         )
-    pipeline.to(args.device or default_device())
+    pipeline.to(device)
     call = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
@@ -156,37 +164,23 @@ def _quantize(args: argparse.Namespace) -> None:
     print(format_table(inspect_checkpoint(args.out), limit=0))
 
 
-BUILT_IN_PROMPTS = Path(__file__).parent / "prompts.txt"
-
-
-def default_device() -> str:
+def pick_device(name: str | None) -> str:
+    """`name`, or cuda if there is one, else cpu. ValueError if torch does not know it or has none."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Non-empty lines of a UTF-8 file; ValueError if it is not UTF-8 or holds none."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+    return name
 
 
-def write_folder(target: Path, write) -> None:
-    """Call `write(folder)` on a temporary sibling of `target` and rename it: the name appears only when complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        write(folder)
-        os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    target.chmod(0o755)  # mkdtemp made it private
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from .activations import ACTIVATION_FORMATS
 from .methods import METHODS, check_activation, method
 from .register import register
-from .transforms import aligned_rank
+from .transforms import TRANSFORMS, aligned_rank
 
 FORMAT_VERSION = 1
 ACTIVATION_BITS = (4, 8, 16)
@@ -36,7 +36,10 @@ class DiRotQConfig(QuantizationConfigMixin):
 
     Values left at None are chosen when the model is made: by the method if calibration data is at hand
     (`dirotq.quantize`), else for data-free use (`from_pretrained(quantization_config=…)`): rank 0, rounding to
-    nearest and 8-bit activations. A saved checkpoint holds no None.
+    nearest and 8-bit activations. A saved checkpoint holds what was chosen.
+
+    A checkpoint's own configuration wins: diffusers ignores one given when a quantized model is loaded, and says so.
+    Change `activation_bits` with `dirotq.set_activation_bits`.
 
     Args:
         method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn".
@@ -97,6 +100,11 @@ class DiRotQConfig(QuantizationConfigMixin):
             and 0 <= self.high_fraction <= 0.5
         ):
             raise ValueError(f"high_fraction must be between 0 and 0.5, got {self.high_fraction!r}")
+        if not TRANSFORMS[chosen.transform].subspace and (self.rank or self.high_fraction):
+            raise ValueError(
+                f"method {self.method!r} has no 16-bit subspace; leave rank and high_fraction unset, got "
+                + (f"rank {self.rank}" if self.rank else f"high_fraction {self.high_fraction}")
+            )
         _check_choice("basis", self.basis, ("pca", "joint"))
         _check_choice("rounding", self.rounding, ("gptq", "nearest"))
         _check_integer("seed", self.seed, 0, 2**31 - 1)
@@ -106,7 +114,7 @@ class DiRotQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)):
                 raise ValueError(f"{name} must be a list of strings, got {value!r}")
-        if len(self.to_json_string()) > MAX_JSON:
+        if len(self.to_json_string(use_diff=False)) > MAX_JSON:
             raise ValueError(
                 f"the configuration is longer than {MAX_JSON} characters; use patterns, not lists of names"
             )

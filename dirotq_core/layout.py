@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -12,7 +13,10 @@ import torch
 from .codebooks import WeightFormat, weight_format
 from .config import DiRotQConfig
 from .methods import method
+from .patterns import ModulePatterns
 from .transforms import SITE_DTYPES, TRANSFORMS, Transform
+
+logger = logging.getLogger(__name__)
 
 #: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
 WEIGHT_ONLY_FORMAT = "codebook_g64"
@@ -91,15 +95,16 @@ def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
     """The sites of `model` under a resolved `config`, in module order.
 
     Raises:
-        ValueError: the model's class has no recipe (the message names those that have), or nothing is left to
-            quantize.
+        ValueError: the model's class has no recipe (the message names those that have), a LoRA is loaded into it, its
+            projections are fused, or nothing is left to quantize.
     """
     from .architectures import recipe_for
 
     recipe = recipe_for(model)
+    _refuse_adapted(model)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    names = _Patterns(config.modules_to_not_convert or [], model, "modules_to_not_convert")
-    weight_only = _Patterns(config.weight_only_modules or [], model, "weight_only_modules")
+    names = ModulePatterns(config.modules_to_not_convert or [], model, "modules_to_not_convert")
+    weight_only = ModulePatterns(config.weight_only_modules or [], model, "weight_only_modules")
     plans = []
     for group, modulation in recipe.groups(linears):
         if modulation and not config.quantize_modulation:
@@ -114,10 +119,26 @@ def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
             f"no linear of {type(model).__name__} is left to quantize: every one is excluded by "
             "modules_to_not_convert or its width is not a multiple of 64"
         )
+    clipped = {(p.in_features, p.rank) for p in plans if p.method and p.rank < (config.rank or 0)}
+    if clipped:
+        widths = ", ".join(f"{r} for {k} columns" for k, r in sorted(clipped))
+        logger.warning("rank %d is more than half of some inputs' width; there it is %s", config.rank, widths)
     return plans
 
 
-def _split(kept: list[str], weight_only: _Patterns, modulation: bool) -> Iterator[tuple[list[str], bool]]:
+def _refuse_adapted(model: torch.nn.Module) -> None:
+    """The recipe's names would miss wrapped or fused linears, and leave them dense without a word."""
+    for name, module in model.named_modules():
+        if name.endswith(".base_layer"):
+            raise ValueError(
+                f"{name.removesuffix('.base_layer')} has a LoRA adapter; quantize first and load the adapter then, or "
+                "merge it before (fuse_lora, then unload_lora_weights)"
+            )
+        if getattr(module, "fused_projections", False):
+            raise ValueError(f"the projections of {name} are fused; call unfuse_qkv_projections() before quantizing")
+
+
+def _split(kept: list[str], weight_only: ModulePatterns, modulation: bool) -> Iterator[tuple[list[str], bool]]:
     if modulation:
         yield kept, False
         return
@@ -144,31 +165,3 @@ def _plan(
         method=None if modulation else config.method,
         seed=site_seed(members[0], config.seed),
     )
-
-
-class _Patterns:
-    """Module names selected by a user's list.
-
-    An entry with ``*``, ``?`` or ``[`` is a glob over the full name. An entry that is itself a module's full name
-    selects that module and all below it, nothing else: "proj_out" leaves FLUX's last linear alone, not the 38
-    proj_out of its single blocks. Any other entry selects names that contain it as a run of dotted parts.
-    """
-
-    def __init__(self, entries: list[str], model: torch.nn.Module, field: str):
-        import fnmatch
-
-        modules = {n for n, _ in model.named_modules() if n}
-        self._selected: set[str] = set()
-        for entry in entries:
-            if any(c in entry for c in "*?["):
-                hits = {n for n in modules if fnmatch.fnmatchcase(n, entry)}
-            elif entry in modules:
-                hits = {n for n in modules if n == entry or n.startswith(entry + ".")}
-            else:
-                hits = {n for n in modules if f".{entry}." in f".{n}."}
-            if not hits:
-                raise ValueError(f"{field}: {entry!r} matches no module of {type(model).__name__}")
-            self._selected |= hits
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._selected

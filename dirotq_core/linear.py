@@ -210,7 +210,7 @@ class DiRotQLinear(nn.Linear):
         )
         if plan.transform is None:
             return w
-        v, z = plan.transform.apply(torch.eye(plan.in_features, device=w.device), self.site.tensors())
+        v, z = plan.transform.apply(torch.eye(plan.in_features, dtype=w.dtype, device=w.device), self.site.tensors())
         dense = v @ w.T
         if self.low_rank is not None:
             dense += z @ self.low_rank.float().T

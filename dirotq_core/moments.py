@@ -9,16 +9,18 @@ CHUNK = 16384
 
 
 class SecondMoment:
-    """Accumulates Σ xᵀx over tokens in float32, in the device memory of the first batch.
+    """Accumulates Σ xᵀx over tokens in float32.
 
     Args:
         features: K, the width of x.
         diagonal: keep only the diagonal, which is what weight-only layers need.
+        device: where the sum is kept; None for the device of the first batch. Products are taken on the batch's own.
     """
 
-    def __init__(self, features: int, diagonal: bool = False):
+    def __init__(self, features: int, diagonal: bool = False, device: torch.device | str | None = None):
         self.features = features
         self.diagonal = diagonal
+        self.device = device
         self.tokens = 0
         self._sum: torch.Tensor | None = None
 
@@ -36,7 +38,10 @@ class SecondMoment:
                 part.addmm_(rows.T, rows)
         if not torch.isfinite(part).all():
             raise ValueError("calibration activations hold NaN or infinity; is the model in a dtype it overflows?")
-        self._sum = part if self._sum is None else self._sum.add_(part.to(self._sum.device))
+        if self._sum is None:
+            self._sum = part.to(self.device or part.device)
+        else:
+            self._sum += part.to(self._sum.device)
         self.tokens += len(x)
 
     @property

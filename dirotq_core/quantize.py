@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .backend import attach_quantizer
-from .build import install_site, quantized_linears
+from .build import quantized_linears, solved_modules, swapped
 from .calibrate import Calibration
 from .config import DiRotQConfig
 from .layout import SitePlan, linear_at, plan_sites
@@ -40,8 +40,12 @@ def quantize(
         pipeline: a diffusers pipeline with a transformer that has a recipe (FLUX.1, PixArt-Σ).
         config: what to make; None for the default method.
         prompts: calibration prompts; at least 16 are sensible. None or empty: data-free, as with `from_pretrained`.
-        call: keyword arguments of the pipeline's call, for example ``{"num_inference_steps": 20}``.
+        call: keyword arguments of the pipeline's call, for example ``{"num_inference_steps": 20}``; pipelines that
+            want an image (Fill, Depth, Canny, Kontext) take it here, the same one for every prompt.
         progress: show progress bars.
+
+    Memory: the model as it is, and 4 K² bytes of statistics per input site (FLUX.1-dev: 65 GB in all; PixArt-Σ: 3 GB)
+    on the model's device, or in host memory where the device has no room for them.
 
     Returns:
         The report, one row per linear.
@@ -49,11 +53,21 @@ def quantize(
     Raises:
         ValueError: no recipe for the transformer, it is quantized already, or the config asks for what is not there.
     """
-    model = pipeline.transformer
+    model = getattr(pipeline, "transformer", None)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"pipeline must be a diffusers pipeline with a transformer, got {type(pipeline).__name__}; calibration "
+            "runs the whole pipeline, text encoders and scheduler included"
+        )
     if quantized_linears(model) or getattr(model, "is_quantized", False):
         raise ValueError(f"{type(model).__name__} is quantized already; load the original weights first")
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of strings, got one string")
+    if config is not None and not isinstance(config, DiRotQConfig):
+        raise ValueError(f"config must be a DiRotQConfig, got {type(config).__name__}")
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts or []):
+        raise ValueError("prompts must be a list of strings")
+    for name in ("prompt", "generator", "output_type"):
+        if name in (call or {}):
+            raise ValueError(f"call must not hold {name!r}; calibration sets it for each prompt")
     prompts = list(prompts or [])
     config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
     plans = plan_sites(model, config)
@@ -78,7 +92,12 @@ def solve_all(
     for plan in tqdm(plans, desc="quantizing", unit="site", disable=not progress):
         moment = calibration.moments[plan.owner]
         weights = [linear_at(model, n).weight.data for n in plan.linears]
-        mean = moment.mean() if moment.tokens else None
+        if not moment.tokens and calibration.ran:
+            raise ValueError(
+                f"{plan.owner} saw no token while the pipeline ran on the prompts: nothing calls it, so it "
+                "cannot be calibrated; leave it in 16 bit with modules_to_not_convert"
+            )
+        mean = moment.mean().to(weights[0].device) if moment.tokens else None
         site = solve_site(plan, config, weights, mean, moment.tokens)
         if plan.owner in held_out:
             _measure(model, plan, config, site, held_out[plan.owner])
@@ -91,9 +110,11 @@ def install_all(model: Any, plans: Sequence[SitePlan], config: DiRotQConfig, sol
     """Put solved sites into `model` and mark it as quantized for diffusers."""
     memo = SiteMemo()
     dtype = model.dtype
+    modules: dict[str, torch.nn.Module] = {}
     for plan, site in zip(plans, solved, strict=True):
-        install_site(model, plan, site, config, memo)
-    attach_quantizer(model, config, dtype)
+        modules |= solved_modules(model, plan, site, config, memo)
+    with swapped(model, modules):
+        attach_quantizer(model, config, dtype)
 
 
 @torch.no_grad()
@@ -101,15 +122,10 @@ def _measure(
     model: torch.nn.Module, plan: SitePlan, config: DiRotQConfig, solved: SolvedSite, tokens: torch.Tensor
 ) -> None:
     """Fill in each report's output SQNR on held-out tokens [M, K], with the linear that will run."""
-    holder = torch.nn.ModuleDict()
-    names = [f"linear{i}" for i in range(len(plan.linears))]
-    for key, name in zip(names, plan.linears, strict=True):
-        holder[key] = linear_at(model, name)
-    dense = {key: linear_at(holder, key) for key in names}
-    local = SitePlan(**{**plan.__dict__, "linears": tuple(names)})
-    install_site(holder, local, solved, config, SiteMemo())
-    for key, report in zip(names, solved.reports, strict=True):
-        x = tokens.to(dense[key].weight.device)
-        signal = dense[key](x).double()
-        noise = signal - holder[key](x).double()
+    modules = solved_modules(model, plan, solved, config, SiteMemo())
+    for name, report in zip(plan.linears, solved.reports, strict=True):
+        dense = linear_at(model, name)
+        x = tokens.to(dense.weight.device)
+        signal = dense(x).double()
+        noise = signal - modules[name](x).double()
         report.output_db = float(10 * torch.log10(signal.square().sum() / noise.square().sum().clamp(min=1e-300)))

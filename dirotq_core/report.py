@@ -23,7 +23,7 @@ class QuantizationReport:
     @property
     def median_output_db(self) -> float | None:
         """Median over W4A4 linears, None if nothing was measured."""
-        known = [r.output_db for r in self.linears if r.output_db is not None]
+        known = [r.output_db for r in self.linears if r.output_db is not None and not r.weight_only]
         return median(known) if known else None
 
     def notes(self) -> list[str]:

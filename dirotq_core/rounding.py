@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .codebooks import WeightFormat
-
-logger = logging.getLogger(__name__)
 
 #: Candidate factors on the initial scale, tried in `search_scales`.
 SCALE_FACTORS = tuple(0.60 + 0.06 * i for i in range(16))
@@ -82,7 +79,7 @@ def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Roun
     importance = h.diagonal().float()
     factor, order, note = _inverse_cholesky(h)
     if factor is None:
-        return Rounded(*_pair(round_nearest(w, fmt, importance)), fallback=note)
+        return replace(round_nearest(w, fmt, importance), fallback=note)
     scale = search_scales(w, fmt, importance)
     columns = fmt.expand(scale, w.shape[1])[:, order]
     work = w.float()[:, order].clone()
@@ -99,10 +96,6 @@ def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Roun
             block[:, i + 1 :] -= torch.outer(errors[:, i], u[i, i + 1 :])
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     return Rounded(codes[:, order.argsort()], scale, note)
-
-
-def _pair(r: Rounded) -> tuple[torch.Tensor, torch.Tensor]:
-    return r.codes, r.scale
 
 
 def _inverse_cholesky(h: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, str | None]:

@@ -14,7 +14,7 @@ from .rounding import Rounded, round_gptq, round_nearest
 from .subspace import captured_energy
 from .transforms import SiteStatistics, Tensors, transformed_moment
 
-#: GPTQ overfits below about this many tokens per input column (measured; docs/how-it-works.md).
+#: Second moments and GPTQ overfit below about this many tokens per input column; a rule of thumb for the warning.
 TOKENS_PER_COLUMN = 8
 
 
@@ -28,6 +28,7 @@ class LinearReport:
     weight_db: float
     note: str | None = None
     output_db: float | None = None
+    weight_only: bool = False
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -118,7 +119,7 @@ def _reports(
     for name, n in zip(plan.linears, plan.out_features, strict=True):
         e, w = error[start : start + n], target[start : start + n]
         ratio = _energy(w, moment) / max(_energy(e, moment), 1e-300)
-        reports.append(LinearReport(name, tokens, energy, _db(ratio), note))
+        reports.append(LinearReport(name, tokens, energy, _db(ratio), note, weight_only=not plan.quantize_input))
         start += n
     return reports
 

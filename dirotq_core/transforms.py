@@ -42,6 +42,7 @@ class Transform:
     """`prepare`, `apply`, `fold` as the module docstring says.
 
     `kernel` says that the fused ops of `dirotq.kernels` compute `apply`; the others run as PyTorch operations.
+    `subspace` says that it has a 16-bit part, so that a rank makes sense.
     `shapes(K, r)` gives the stored tensors' shapes, `low_features(K, r)` the width K' of v.
     """
 
@@ -51,7 +52,7 @@ class Transform:
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     low_features: Callable[[int, int], int]
     kernel: bool
-    needs_moment: bool
+    subspace: bool
 
 
 def hadamard_block(features: int) -> int:
@@ -170,22 +171,22 @@ def _fold_smooth(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tenso
 TRANSFORMS: dict[str, Transform] = {
     "identity": Transform(
         _prepare_identity, _apply_identity, _apply_identity,
-        shapes=lambda k, r: {}, low_features=lambda k, r: k, kernel=True, needs_moment=False,
+        shapes=lambda k, r: {}, low_features=lambda k, r: k, kernel=True, subspace=False,
     ),
     "subspace_hadamard": Transform(
         _prepare_hadamard, _apply_hadamard, _fold_hadamard,
         shapes=lambda k, r: {"signs": (k,), **({"basis": (k, r)} if r else {})},
-        low_features=lambda k, r: k, kernel=True, needs_moment=False,
+        low_features=lambda k, r: k, kernel=True, subspace=True,
     ),
     "dense_pca": Transform(
         _prepare_dense, _apply_dense, _apply_dense,
         shapes=lambda k, r: {"rotation": (k, k - r), "basis": (k, r)},
-        low_features=lambda k, r: k - r, kernel=False, needs_moment=True,
+        low_features=lambda k, r: k - r, kernel=False, subspace=True,
     ),
     "smooth_svd": Transform(
         _prepare_smooth, _apply_smooth, _fold_smooth,
         shapes=lambda k, r: {"smooth": (k,), "basis": (k, r)},
-        low_features=lambda k, r: k, kernel=False, needs_moment=True,
+        low_features=lambda k, r: k, kernel=False, subspace=True,
     ),
 }  # fmt: skip
 

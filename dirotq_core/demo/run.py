@@ -21,6 +21,8 @@ from .scenes import Scene
 from .sheet import contact_sheet
 
 CALIBRATION_SEED, DRAWING_SEED = 1, 2
+#: Says that a folder is the demo's own, to be written again.
+MARKER = ".dirotq-demo"
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class Row:
 def run_demo(out: Path, n_prompts: int, n_calibration: int, device: str) -> list[Row]:
     """Quantize, reload, draw and compare both embedded models; write ``contact-sheet.png`` and ``table.txt`` to `out`.
 
-    Raises ValueError on a prompt count below 1.
+    Raises ValueError on a prompt count below 1, or if `out` holds files of somebody else.
     """
     if n_prompts < 1 or n_calibration < 2:
         raise ValueError(f"at least 1 prompt and 2 calibration prompts are needed, got {n_prompts} and {n_calibration}")
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     started = time.perf_counter()
     rows, panels = [], []
     for model in MODELS.values():
@@ -64,6 +66,14 @@ def run_demo(out: Path, n_prompts: int, n_calibration: int, device: str) -> list
     (out / "table.txt").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\n{out / 'contact-sheet.png'}  ({time.perf_counter() - started:.0f} s)")
     return rows
+
+
+def claim_folder(out: Path) -> None:
+    """Make `out`, or take it over if an earlier demo made it. Raises ValueError rather than touch anybody's files."""
+    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and was not made by the demo; give --out a new folder, nothing is overwritten")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
 
 
 def quantize_embedded(model: EmbeddedModel, folder: Path, n_calibration: int, device: str) -> None:

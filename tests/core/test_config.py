@@ -31,6 +31,8 @@ INVALID = [
     ({"rank": 64.0}, ["rank", "integer", "64.0"]),
     ({"rank": True}, ["rank", "integer", "True"]),
     ({"rank": 32, "method": "paper"}, ["rank", "multiple of 64", "'paper'", "32"]),
+    ({"rank": 8, "method": "rtn"}, ["'rtn'", "no 16-bit subspace", "rank 8"]),
+    ({"high_fraction": 0.1, "method": "rtn"}, ["'rtn'", "no 16-bit subspace", "high_fraction 0.1"]),
     ({"high_fraction": 0.6}, ["high_fraction", "between 0 and 0.5", "0.6"]),
     ({"high_fraction": -0.1}, ["high_fraction", "between 0 and 0.5", "-0.1"]),
     ({"high_fraction": float("nan")}, ["high_fraction", "between 0 and 0.5", "nan"]),
@@ -86,8 +88,15 @@ def test_unknown_argument_is_refused():
         DiRotQConfig(bits=4)
 
 
+RANKED = {name for name, m in METHODS.items() if TRANSFORMS[m.transform].subspace}
+
+
+def config_of(method, rank, **fields):
+    return DiRotQConfig(method=method, rank=rank if method in RANKED else None, **fields)
+
+
 configs = st.builds(
-    DiRotQConfig,
+    config_of,
     method=st.sampled_from(sorted(METHODS)),
     activation_bits=st.sampled_from([None, 4, 8, 16]),
     rank=st.none() | st.integers(0, 64).map(lambda n: 64 * n),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dirotq.dirotq_core.build import dequantize_linears, install_site, quantized_linears
+from dirotq.dirotq_core.build import dequantize_linears, quantized_linears, solved_modules, swapped
 from dirotq.dirotq_core.config import DiRotQConfig
 from dirotq.dirotq_core.layout import SitePlan
 from dirotq.dirotq_core.linear import SiteMemo
@@ -38,7 +38,8 @@ def build(activations):
         resolved = DiRotQConfig(method=method, **config).resolved(calibrated=True)
         solved = solve_site(plan, resolved, [m.weight.data for m in dense.values()], moment, len(data))
         model = nn.ModuleDict(dict(dense.items()))
-        install_site(model, plan, solved, resolved, SiteMemo())
+        with swapped(model, solved_modules(model, plan, solved, resolved, SiteMemo())):
+            pass
         model["q"].site.activation = activation
         return model, torch.from_numpy(data[:40]).to(dtype), dense
 
@@ -116,7 +117,8 @@ def test_modulation_linear(oracle, dtype, activations):
     config = DiRotQConfig().resolved(calibrated=True)
     diagonal = torch.from_numpy((data**2).mean(0)).float()
     solved = solve_site(plan, config, [dense.weight.data], diagonal, 400)
-    install_site(model, plan, solved, config, SiteMemo())
+    with swapped(model, solved_modules(model, plan, solved, config, SiteMemo())):
+        pass
     x = torch.from_numpy(data[:1]).to(dtype)
     reference, _ = expected(oracle, model, "m", x, None)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dirotq.dirotq_core import subspace
 from dirotq.dirotq_core.subspace import captured_energy, joint_basis, pca_basis
 
 
@@ -45,6 +46,39 @@ def test_pca_of_a_rank_deficient_moment(oracle, activations):
     u = pca_basis(c, 16)
     np.testing.assert_allclose((u.T @ u).numpy(), np.eye(16), atol=1e-12)
     assert captured_energy(c, u) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.fixture
+def iterative(monkeypatch):
+    """Subspace iteration also at widths that a test can check."""
+    monkeypatch.setattr(subspace, "EXACT_WIDTH", 0)
+
+
+@pytest.mark.parametrize("steep", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize(("k", "r"), [(192, 8), (511, 32)])
+def test_iteration_captures_what_eigh_captures(oracle, activations, iterative, steep, k, r):
+    x = activations(4 * k, k, steep=steep)
+    c = torch.from_numpy(x.T @ x / len(x))
+    for moment, tolerance in ((c, 1e-6), (c.float(), 1e-5)):
+        u = pca_basis(moment, r)
+        np.testing.assert_allclose((u.T @ u).numpy(), np.eye(r), atol=tolerance)
+        best = oracle.principal(x, r)
+        lost = np.trace(best.T @ c.numpy() @ best) - np.trace(u.numpy().T @ c.numpy() @ u.numpy())
+        assert lost < 1e-5 * np.trace(c.numpy())
+
+
+def test_joint_basis_by_iteration_is_as_good(activations, monkeypatch):
+    c, weights, g = problem(activations, 1.0, k=256)
+    arguments = torch.from_numpy(c), [torch.from_numpy(w) for w in weights], 16
+    exact = joint_basis(*arguments).numpy()
+    monkeypatch.setattr(subspace, "EXACT_WIDTH", 0)
+    found = joint_basis(*arguments).numpy()
+
+    def product(u):
+        p = np.eye(256) - u @ u.T
+        return np.trace(p @ c) * np.trace(p @ g)
+
+    assert product(found) < product(exact) * (1 + 1e-3)
 
 
 def problem(activations, steep, k=96):

@@ -73,7 +73,7 @@ def test_installed_and_cloned_side_by_side():
 
 
 def test_calibration_prompts_are_shipped():
-    from dirotq.dirotq_core.cli import BUILT_IN_PROMPTS, read_prompts
+    from dirotq.dirotq_core.prompts import BUILT_IN_PROMPTS, read_prompts
 
     prompts = read_prompts(BUILT_IN_PROMPTS)
     assert len(prompts) == len(set(prompts)) == 128 and min(map(len, prompts)) > 30

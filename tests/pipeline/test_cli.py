@@ -60,6 +60,8 @@ def test_what_goes_wrong_is_one_line(capsys, pixart, tmp_path):
         (("--data-free", "--method", "paper"), "method 'paper' needs calibration data"),
         (("--data-free", "--rank", 8), "rank 8 needs calibration data"),
         (("--method", "magic"), "unknown method 'magic'"),
+        (("--method", "rtn", "--rank", 8), "method 'rtn' has no 16-bit subspace"),
+        (("--device", "tpu9000"), "--device 'tpu9000'"),
         (("--rank", 8, "--high-fraction", 0.1), "give rank (8) or high_fraction (0.1), not both"),
     ]
     for extra, message in cases:
@@ -77,6 +79,13 @@ def test_inspect_what_is_not_a_checkpoint(capsys, pixart, tmp_path):
     ]:
         status, _, err = run(capsys, "inspect", path)
         assert status == 1 and message in err
+
+
+@pytest.mark.parametrize("argv", [["quantize", "x", "--out", "y", "--steps", "0"], ["demo", "--prompts", "-1"]])
+def test_counts_below_one_are_refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and "must be a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["quantize"], ["inspect"]])

@@ -1,8 +1,10 @@
 """`dirotq demo` from end to end, with few prompts."""
 
+import pytest
 from PIL import Image
 
 from dirotq.dirotq_core.cli import main
+from dirotq.dirotq_core.demo.run import claim_folder
 
 
 def test_demo(tmp_path, capsys):
@@ -14,3 +16,20 @@ def test_demo(tmp_path, capsys):
     for line in table.splitlines()[2:]:
         psnr, ssim = float(line.split()[1]), float(line.split()[2])
         assert psnr > 20 and ssim > 0.8
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
+    theirs = tmp_path / "pixart-sigma-tiny" / "thesis.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("precious")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert "was not made by the demo" in capsys.readouterr().err
+    assert theirs.read_text() == "precious" and not (tmp_path / ".dirotq-demo").exists()
+
+
+def test_a_folder_of_the_demo_is_used_again(tmp_path):
+    claim_folder(tmp_path / "new")
+    claim_folder(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file exists"):
+        claim_folder(tmp_path / "file")

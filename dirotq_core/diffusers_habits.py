@@ -1,0 +1,62 @@
+"""What diffusers does to linears by looking inside them, and what it has to know of ours."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from typing import Any
+
+from torch import nn
+
+from .linear import DiRotQLinear
+
+logger = logging.getLogger(__name__)
+
+FUSING = ("fuse_qkv_projections", "unfuse_qkv_projections")
+
+
+def teach_flux_loras() -> None:
+    """Let `FluxPipeline.load_lora_weights` see [N, K] where a packed weight is [N, K/2].
+
+    It compares a LoRA's shape with the weight's and "expands" layers that look too small (Control LoRAs widen
+    x_embedder so). Idempotent.
+    """
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    original = FluxLoraLoaderMixin._calculate_module_shape
+    if getattr(original, "knows_dirotq", False):
+        return
+
+    @functools.wraps(original)
+    def shape(model: nn.Module, base_module: nn.Module | None = None, base_weight_param_name: str | None = None) -> Any:
+        module = base_module
+        if module is None and base_weight_param_name is not None:
+            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
+        if isinstance(module, DiRotQLinear):
+            return module.out_features, module.in_features
+        return original(model, base_module, base_weight_param_name)
+
+    shape.knows_dirotq = True  # type: ignore[attr-defined]
+    FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)  # type: ignore[method-assign]
+
+
+def ignore_fusing(model: nn.Module) -> None:
+    """Make `fuse_qkv_projections` of a quantized model do nothing, and say so.
+
+    Scripts call it for speed. Packed weights cannot be concatenated into a dense linear, and there is nothing to win:
+    siblings read one quantized input already.
+    """
+    for name in FUSING:
+        if hasattr(model, name):
+            setattr(model, name, types.MethodType(_ignored, model))
+
+
+def stop_ignoring_fusing(model: nn.Module) -> None:
+    """Give a model its own methods back, for when it is dense again."""
+    for name in FUSING:
+        model.__dict__.pop(name, None)
+
+
+def _ignored(model: nn.Module) -> None:
+    logger.warning("%s is quantized by dirotq: its q, k and v share one input already; not fused", type(model).__name__)
