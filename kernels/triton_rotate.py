@@ -238,7 +238,11 @@ def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) ->
 def rotate_quantize(
     x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton_site
+
     with torch.cuda.device_of(x):
+        if triton_site.applies(x, basis, signs, block):
+            return triton_site.rotate_quantize(x, basis, signs, block, mode)
         site = _Site(x, basis, signs, block)
         m = x.shape[0]
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)

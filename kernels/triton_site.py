@@ -1,0 +1,228 @@
+"""Triton kernels of `rotate_quantize` for the common site: bf16, rank up to 64, Hadamard blocks in 128 columns.
+
+With G = Uᵀ D H, v = x (D H) − z G. A program keeps D H and G of its 128 columns in shared memory and passes over many
+rows, so a tile of v is three matrix products and x is the only large operand. x, D H and z are exact in bf16 and G is
+held as the sum of two bf16 parts. Nothing but the maximum of a row, which no order changes, is combined by an atomic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import OPTIONS, dot, narrow
+from .triton_rotate import SMALLEST_SCALE, _codebook, _hadamard, _int8
+
+COLUMNS = tl.constexpr(128)
+RANKS = tl.constexpr(64)
+
+
+@triton.jit
+def partial_project_kernel(
+    x_ptr, basis_ptr, partial_ptr, M, K, r, stride_x, chunk,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """partial [chunks, M, 64] fp32: x U over each chunk of columns."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    ranks = tl.arange(0, RANKS)
+    first = tl.program_id(1) * chunk
+    x_at = x_ptr + rows[:, None].to(tl.int64) * stride_x + first + tl.arange(0, BK)[None, :]
+    u_at = basis_ptr + (first + tl.arange(0, BK)[:, None]) * r + ranks[None, :]
+    total = tl.zeros((BM, RANKS), tl.float32)
+    for _ in range(first, tl.minimum(first + chunk, K), BK):
+        x = tl.load(x_at, mask=rows[:, None] < M, other=0.0)
+        u = tl.load(u_at, mask=ranks[None, :] < r, other=0.0)
+        total = dot(x, u, total)
+        x_at += BK
+        u_at += BK * r
+    at = partial_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * RANKS + ranks[None, :]
+    tl.store(at, total, mask=rows[:, None] < M)
+
+
+@triton.jit
+def sum_project_kernel(partial_ptr, z_ptr, top_ptr, M, r, chunks, BM: tl.constexpr):
+    """z [M, r] = bf16 of the sum of the partials; the maxima of the rows start at 0."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    ranks = tl.arange(0, RANKS)
+    total = tl.zeros((BM, RANKS), tl.float32)
+    for chunk in range(chunks):
+        at = partial_ptr + (tl.cast(chunk, tl.int64) * M + rows[:, None]) * RANKS + ranks[None, :]
+        total += tl.load(at, mask=rows[:, None] < M, other=0.0)
+    z_at = z_ptr + rows[:, None] * r + ranks[None, :]
+    tl.store(z_at, narrow(total, tl.bfloat16), mask=(rows[:, None] < M) & (ranks[None, :] < r))
+    tl.store(top_ptr + rows, tl.zeros((BM,), tl.int32), mask=rows < M)
+
+
+@triton.jit
+def _operators(basis_ptr, signs_ptr, cols, r, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
+    """D H [128, 128] and the two bf16 parts of −G [64, 128]."""
+    hadamard = _hadamard(BLOCK, COLUMNS)
+    signs = tl.load(signs_ptr + cols)
+    signed = narrow(hadamard.to(tl.float32) * signs.to(tl.float32)[:, None], tl.bfloat16)
+    ranks = tl.arange(0, RANKS)
+    high = tl.zeros((RANKS, COLUMNS), tl.bfloat16)
+    low = tl.zeros((RANKS, COLUMNS), tl.bfloat16)
+    if PROJECT:
+        u = tl.load(basis_ptr + cols[None, :] * r + ranks[:, None], mask=ranks[:, None] < r, other=0.0)
+        g = -dot(u, signed, tl.zeros((RANKS, COLUMNS), tl.float32))
+        high = narrow(g, tl.bfloat16)
+        low = narrow(g - high.to(tl.float32), tl.bfloat16)
+    return signed, high, low
+
+
+@triton.jit
+def _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT: tl.constexpr, BM: tl.constexpr):
+    """v · √block, fp32 [BM, 128]."""
+    inside = rows[:, None] < M
+    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_x + cols[None, :], mask=inside, other=0.0)
+    v = dot(x, signed, tl.zeros((BM, COLUMNS), tl.float32))
+    if PROJECT:
+        ranks = tl.arange(0, RANKS)
+        z = tl.load(z_ptr + rows[:, None] * r + ranks[None, :], mask=inside & (ranks[None, :] < r), other=0.0)
+        v = dot(z, high, v)
+        v = dot(z, low, v)
+    return v
+
+
+@triton.jit
+def site_measure_kernel(
+    x_ptr, z_ptr, basis_ptr, signs_ptr, top_ptr, sums_ptr, M, K, r, stride_x, norm, tiles,
+    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """top [M]: max |v| of a row as the bits of an fp32; in the codebook mode sums [K / 128, M]: Σ v²."""
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    signed, high, low = _operators(basis_ptr, signs_ptr, cols, r, PROJECT, BLOCK)
+    first = tl.program_id(1) * tiles
+    for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BM))):
+        rows = tile * BM + tl.arange(0, BM)
+        v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM)
+        if MODE == "codebook":
+            at = sums_ptr + tl.program_id(0).to(tl.int64) * M + rows
+            tl.store(at, tl.sum(v * v, 1) * (norm * norm), mask=rows < M)
+        else:
+            top = tl.max(tl.abs(v), 1) * norm
+            tl.atomic_max(top_ptr + rows, top.to(tl.int32, bitcast=True), mask=rows < M, sem="relaxed")
+
+
+@triton.jit
+def site_scale_kernel(sums_ptr, top_ptr, M, K, chunks, BM: tl.constexpr):
+    """top [M]: rms of v of a row, as the bits of an fp32."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    total = tl.zeros((BM,), tl.float32)
+    for chunk in range(chunks):
+        total += tl.load(sums_ptr + tl.cast(chunk, tl.int64) * M + rows, mask=rows < M, other=0.0)
+    tl.store(top_ptr + rows, tl.sqrt(total / K).to(tl.int32, bitcast=True), mask=rows < M)
+
+
+@triton.jit
+def _int4(units, BM: tl.constexpr):
+    grouped = tl.reshape(units, (BM, 2, 64))
+    low = tl.min(grouped, 2, keep_dims=True)
+    high = tl.max(grouped, 2, keep_dims=True)
+    step = tl.minimum(tl.maximum(tl.floor((high - low) / 15 + 0.5), 1.0), 17.0)
+    offset = tl.floor((low + high) / 2 - 7.5 * step + 0.5)
+    offset = tl.minimum(tl.maximum(offset, -128.0), 127 - 15 * step)
+    inverse = 1 / step
+    q = tl.minimum(tl.maximum(tl.floor(grouped * inverse + (0.5 - offset * inverse)), 0.0), 15.0)
+    return tl.reshape(step * q + offset, (BM, COLUMNS))
+
+
+@triton.jit
+def site_quantize_kernel(
+    x_ptr, z_ptr, basis_ptr, signs_ptr, top_ptr, codes_ptr, scale_ptr, M, K, r, stride_x, norm, tiles,
+    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """codes [M, K] int8 and scale [M] fp32."""
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    signed, high, low = _operators(basis_ptr, signs_ptr, cols, r, PROJECT, BLOCK)
+    first = tl.program_id(1) * tiles
+    for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BM))):
+        rows = tile * BM + tl.arange(0, BM)
+        v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM)
+        top = tl.load(top_ptr + rows, mask=rows < M, other=0).to(tl.float32, bitcast=True)
+        scale = top / 36 if MODE == "codebook" else top / 127
+        usable = scale >= SMALLEST_SCALE
+        inverse = tl.where(usable, norm / tl.where(usable, scale, 1.0), 0.0)
+        if tl.program_id(0) == 0:
+            tl.store(scale_ptr + rows, tl.where(usable, scale, 0.0), mask=rows < M)
+        units = v * inverse[:, None]
+        if MODE == "codebook":
+            codes = _codebook(units)
+        elif MODE == "int4":
+            codes = _int4(units, BM)
+        else:
+            codes = _int8(units)
+        codes_at = codes_ptr + rows[:, None].to(tl.int64) * K + cols[None, :]
+        tl.store(codes_at, codes.to(tl.int8), mask=rows[:, None] < M)
+
+
+def applies(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> bool:
+    """Whether these kernels compute this site; `triton_rotate` computes every site."""
+    rank = 0 if basis is None else basis.shape[1]
+    return (
+        x.dtype == torch.bfloat16
+        and signs is not None
+        and block <= COLUMNS.value
+        and x.shape[1] % COLUMNS.value == 0
+        and rank <= RANKS.value
+        and torch.version.hip is None
+    )
+
+
+def site_blocks(m: int) -> dict[str, int]:
+    """Tile sizes and launch options of the two passes over x for M tokens."""
+    if m <= 64:
+        return {"BM": 16, "num_warps": 4, "num_stages": 2}
+    return {"BM": 64, "num_warps": 4, "num_stages": 3}
+
+
+def project_blocks(m: int) -> dict[str, int]:
+    """Tile sizes and launch options of `partial_project_kernel`."""
+    if m <= 64:
+        return {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3}
+    return {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+
+
+PROGRAMS = 264  # of the passes over x: two per multiprocessor of the largest chips
+
+
+def rotate_quantize(
+    x: Tensor, basis: Tensor | None, signs: Tensor, block: int, mode: str,
+    site: dict[str, int] | None = None, projection: dict[str, int] | None = None, programs: int = PROGRAMS,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    m, k = x.shape
+    rank = 0 if basis is None else basis.shape[1]
+    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
+    if not m:
+        return codes, scale, z
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    basis = x if not rank else basis.contiguous()
+    signs = signs.contiguous()
+    site = site or site_blocks(m)
+    projection = projection or project_blocks(m)
+    blocks = k // COLUMNS.value
+    top = torch.empty(m, dtype=torch.int32, device=x.device)
+    if rank:
+        row_tiles = triton.cdiv(m, projection["BM"])
+        chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, row_tiles))) * COLUMNS.value
+        chunks = triton.cdiv(k, chunk)
+        partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
+        partial_project_kernel[(row_tiles, chunks)](x, basis, partial, m, k, rank, x.stride(0), chunk,
+                                                    **projection, **OPTIONS)
+        sum_project_kernel[(triton.cdiv(m, 16),)](partial, z, top, m, rank, chunks, BM=16, num_warps=4, **OPTIONS)
+    elif mode != "codebook":
+        top.zero_()
+    row_tiles = triton.cdiv(m, site["BM"])
+    tiles = triton.cdiv(row_tiles, min(row_tiles, triton.cdiv(programs, blocks)))
+    grid = (blocks, triton.cdiv(row_tiles, tiles))
+    constants = {"PROJECT": rank > 0, "BLOCK": block, "MODE": mode, **site, **OPTIONS}
+    sizes = (m, k, rank, x.stride(0), block**-0.5, tiles)
+    sums = torch.empty((blocks, m), dtype=torch.float32, device=x.device) if mode == "codebook" else top
+    site_measure_kernel[grid](x, z, basis, signs, top, sums, *sizes, **constants)
+    if mode == "codebook":
+        site_scale_kernel[(triton.cdiv(m, 64),)](sums, top, m, k, blocks, BM=64, num_warps=2, **OPTIONS)
+    site_quantize_kernel[grid](x, z, basis, signs, top, codes, scale, *sizes, **constants)
+    return codes, scale, z
