@@ -15,6 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Gluon's names differ between Triton 3.6 and 3.9.
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 BM = gl.constexpr(128)
 BK = gl.constexpr(128)
 RANKS = gl.constexpr(64)  # bf16 columns of z and L in a buffer of BK bytes
@@ -55,6 +59,11 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STAGES: gl.constexpr):
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
 def _load(
     a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles,
     BN: gl.constexpr, STAGES: gl.constexpr,
@@ -68,9 +77,9 @@ def _load(
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), phase ^ 1)
             mbarrier.expect(ready, (BM + BN) * BK)
-            tma.async_copy_global_to_shared(a_desc, [row, k], ready, a_bufs.index(2 * slot))
-            tma.async_copy_global_to_shared(a_desc, [row + BM // 2, k], ready, a_bufs.index(2 * slot + 1))
-            tma.async_copy_global_to_shared(w_desc, [col, k], ready, w_bufs.index(slot))
+            copy_in(a_desc, [row, k], ready, a_bufs.index(2 * slot))
+            copy_in(a_desc, [row + BM // 2, k], ready, a_bufs.index(2 * slot + 1))
+            copy_in(w_desc, [col, k], ready, w_bufs.index(slot))
             slot, phase = _next(slot, phase, STAGES)
         for k in range(0, rank, RANKS):
             ready = full.index(slot)
@@ -79,9 +88,9 @@ def _load(
             z_0 = _as_bf16(a_bufs.index(2 * slot), BM // 2, z_layout)
             z_1 = _as_bf16(a_bufs.index(2 * slot + 1), BM // 2, z_layout)
             low_rank = _as_bf16(w_bufs.index(slot), BN, z_layout)
-            tma.async_copy_global_to_shared(z_desc, [row, k], ready, z_0)
-            tma.async_copy_global_to_shared(z_desc, [row + BM // 2, k], ready, z_1)
-            tma.async_copy_global_to_shared(l_desc, [col, k], ready, low_rank)
+            copy_in(z_desc, [row, k], ready, z_0)
+            copy_in(z_desc, [row + BM // 2, k], ready, z_1)
+            copy_in(l_desc, [col, k], ready, low_rank)
             slot, phase = _next(slot, phase, STAGES)
 
 
@@ -114,18 +123,17 @@ def _multiply(
         row, col = _tile(tile, M, N, BN)
         row += HALF * (BM // 2)
         total = gl.zeros([BM // 2, BN], TOTAL, layout)
-        previous = slot
         for k in range(0, K, BK):
             mbarrier.wait(full.index(slot), phase)
             a = a_bufs.index(2 * slot + HALF)
             w = w_bufs.index(slot).permute((1, 0))
             total = warpgroup_mma(a, w, total, is_async=True)
             total = warpgroup_mma_wait(1, deps=(total,))
-            mbarrier.arrive(empty.index(previous), count=1, pred=k > 0)
-            previous = slot
+            # The product before this one has ended, so its buffers are free.
+            mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1, pred=k > 0)
             slot, phase = _next(slot, phase, STAGES)
         total = warpgroup_mma_wait(0, deps=(total,))
-        mbarrier.arrive(empty.index(previous), count=1)
+        mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
 
         rows = row + gl.arange(0, BM // 2, gl.SliceLayout(1, layout))
         cols = col + gl.arange(0, BN, gl.SliceLayout(0, layout))
@@ -134,7 +142,7 @@ def _multiply(
         y = total.to(gl.float32) * gl.expand_dims(scale, 1)
         y = y * gl.expand_dims(weight_scale, 0)
         y = gl.convert_layout(y, layout_16)
-        for k in range(0, rank, RANKS):
+        for _ in range(0, rank, RANKS):
             mbarrier.wait(full.index(slot), phase)
             z = _as_bf16(a_bufs.index(2 * slot + HALF), BM // 2, z_layout)
             low_rank = _as_bf16(w_bufs.index(slot), BN, z_layout)
@@ -151,7 +159,7 @@ def _multiply(
             tma.store_wait(0)
             out_buf.store(parts[part])
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [row, col + part * width], out_buf)
+            copy_out(out_desc, [row, col + part * width], out_buf)
     tma.store_wait(0)
 
 

@@ -1,4 +1,4 @@
-"""`linear_a8` on Hopper: the weights are unpacked once to 8 bit, then one product with everything else in its epilogue."""
+"""`linear_a8` on Hopper: weights are unpacked to 8 bit, then one product with everything else in its epilogue."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -45,15 +45,20 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and at an address the memory accelerator takes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, w: Tensor, weight_scale: Tensor,
-    low_rank: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype, tile: dict[str, int] | None = None,
+    low_rank: Tensor | None, bias: Tensor | None, out: Tensor, tile: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`linear_a8` for unpacked weights w [N, K] of the dtype of the codes, int8 or e4m3."""
+    """out [M, N] of `linear_a8` for unpacked weights w [N, K] of the dtype of the codes, int8 or e4m3."""
     m, k = codes.shape
     n = w.shape[0]
-    tile = tile or blocks(m, n, out_dtype)
-    out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
+    tile = tile or blocks(m, n, out.dtype)
     rank = 0 if z is None or low_rank is None else z.shape[1]
     half, bk, ranks = BM.value // 2, BK.value, RANKS.value
     any_16 = codes.view(torch.bfloat16)  # never read: stands in for an absent branch
@@ -70,12 +75,6 @@ def multiply(
     return out
 
 
-def applies(codes: Tensor, z: Tensor | None, weight: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address the operands: rows of a multiple of 16 bytes."""
-    rank = 0 if z is None else z.shape[1]
-    return rank % 8 == 0 and weight.shape[0] % 8 == 0
-
-
 def linear_a8(
     codes: Tensor,
     scale: Tensor,
@@ -85,7 +84,10 @@ def linear_a8(
     low_rank: Tensor | None,
     bias: Tensor | None,
     table: Sequence[int],
-    out_dtype: torch.dtype,
+    out: Tensor,
 ) -> Tensor:
-    w = unpack(weight, table, codes.dtype)
-    return multiply(codes, scale, z, w, weight_scale, low_rank, bias, out_dtype)
+    w = unpack(_aligned(weight), table, codes.dtype)
+    if z is not None and low_rank is not None:
+        z, low_rank = _aligned(z), _aligned(low_rank)
+    bias = None if bias is None else bias.contiguous()
+    return multiply(_aligned(codes), scale.contiguous(), z, w, weight_scale.contiguous(), low_rank, bias, out)

@@ -5,6 +5,7 @@ the one that a matrix instruction can take from registers.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -12,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import OPTIONS, decode, low_rank_tile, narrow, table_words, tile_of
+
+FEWEST_TOKENS = 65  # for which weights are unpacked first
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
@@ -57,6 +60,19 @@ def blocks(m: int, k: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 3}
 
 
+def unpacks_first(m: int, n: int, rank: int, device: torch.device) -> bool:
+    """Whether `hopper.linear_a8` computes this product: Hopper, tokens enough to pay for a pass over the weights, and
+    rows whose bytes its memory accelerator can address (multiples of 16)."""
+    return m >= FEWEST_TOKENS and n % 8 == 0 and rank % 8 == 0 and _has_hopper_kernel(device.type, device.index)
+
+
+@cache
+def _has_hopper_kernel(kind: str, index: int | None) -> bool:
+    if kind != "cuda" or torch.version.hip or torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def linear_a8(
     codes: Tensor,
     scale: Tensor,
@@ -73,6 +89,11 @@ def linear_a8(
     out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if not out.numel():
         return out
+    if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
+        from . import hopper
+
+        with torch.cuda.device_of(codes):
+            return hopper.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out)
     tile = blocks(m, k)
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
     codes, scale, weight_scale = codes.contiguous(), scale.contiguous(), weight_scale.contiguous()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import OPTIONS, dot, narrow
-from .triton_rotate import SMALLEST_SCALE, _codebook, _hadamard, _int8
+from .triton_rotate import SMALLEST_SCALE, _codebook, _int8
 
 COLUMNS = tl.constexpr(128)
 RANKS = tl.constexpr(64)
@@ -55,10 +55,21 @@ def sum_project_kernel(partial_ptr, z_ptr, top_ptr, M, r, chunks, BM: tl.constex
 
 @triton.jit
 def _operators(basis_ptr, signs_ptr, cols, r, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
-    """D H [128, 128] and the two bf16 parts of −G [64, 128]."""
-    hadamard = _hadamard(BLOCK, COLUMNS)
-    signs = tl.load(signs_ptr + cols)
-    signed = narrow(hadamard.to(tl.float32) * signs.to(tl.float32)[:, None], tl.bfloat16)
+    """D H [128, 128] and the two bf16 parts of −G [64, 128], their columns shuffled for `_in_order`.
+
+    A thread of a matrix instruction holds columns 8i + 2q and 8i + 2q + 1 of a tile, i = 0..15. These are computed as
+    columns 32q + 2i and 32q + 2i + 1, so that a thread ends with 32 neighbours to store.
+    """
+    i = tl.arange(0, COLUMNS)[:, None]
+    slot = tl.arange(0, COLUMNS)[None, :]
+    j = slot % 8 // 2 * 32 + slot // 8 * 2 + slot % 2
+    bits = i & j & (BLOCK - 1)
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    hadamard = tl.where(i // BLOCK == j // BLOCK, 1 - 2 * (bits & 1), 0)
+    signs = tl.load(signs_ptr + cols).to(tl.int32)
+    signed = (hadamard * signs[:, None]).to(tl.float32).to(tl.bfloat16)
     ranks = tl.arange(0, RANKS)
     high = tl.zeros((RANKS, COLUMNS), tl.bfloat16)
     low = tl.zeros((RANKS, COLUMNS), tl.bfloat16)
@@ -71,8 +82,13 @@ def _operators(basis_ptr, signs_ptr, cols, r, PROJECT: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
+def _in_order(v, BM: tl.constexpr):
+    return tl.reshape(tl.permute(tl.reshape(v, (BM, 16, 4, 2)), (0, 2, 1, 3)), (BM, COLUMNS))
+
+
+@triton.jit
 def _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT: tl.constexpr, BM: tl.constexpr):
-    """v · √block, fp32 [BM, 128]."""
+    """v · √block, fp32 [BM, 128], its columns shuffled."""
     inside = rows[:, None] < M
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_x + cols[None, :], mask=inside, other=0.0)
     v = dot(x, signed, tl.zeros((BM, COLUMNS), tl.float32))
@@ -91,15 +107,26 @@ def site_measure_kernel(
 ):  # fmt: skip
     """top [M]: max |v| of a row as the bits of an fp32; in the codebook mode sums [K / 128, M]: Σ v²."""
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    signed, high, low = _operators(basis_ptr, signs_ptr, cols, r, PROJECT, BLOCK)
     first = tl.program_id(1) * tiles
-    for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BM))):
-        rows = tile * BM + tl.arange(0, BM)
-        v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM)
-        if MODE == "codebook":
+    end = tl.minimum(first + tiles, tl.cdiv(M, BM))
+    if MODE == "codebook":  # the rotation leaves the sum as it is
+        ranks = tl.arange(0, RANKS)
+        u = tl.load(basis_ptr + cols[None, :] * r + ranks[:, None], mask=ranks[:, None] < r, other=0.0)
+        for tile in range(first, end):
+            rows = tile * BM + tl.arange(0, BM)
+            inside = rows[:, None] < M
+            x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_x + cols[None, :], mask=inside, other=0.0)
+            v = x.to(tl.float32)
+            if PROJECT:
+                z = tl.load(z_ptr + rows[:, None] * r + ranks[None, :], mask=inside & (ranks[None, :] < r), other=0.0)
+                v -= dot(z, u, tl.zeros((BM, COLUMNS), tl.float32))
             at = sums_ptr + tl.program_id(0).to(tl.int64) * M + rows
-            tl.store(at, tl.sum(v * v, 1) * (norm * norm), mask=rows < M)
-        else:
+            tl.store(at, tl.sum(v * v, 1), mask=rows < M)
+    else:
+        signed, high, low = _operators(basis_ptr, signs_ptr, cols, r, PROJECT, BLOCK)
+        for tile in range(first, end):
+            rows = tile * BM + tl.arange(0, BM)
+            v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM)
             top = tl.max(tl.abs(v), 1) * norm
             tl.atomic_max(top_ptr + rows, top.to(tl.int32, bitcast=True), mask=rows < M, sem="relaxed")
 
@@ -145,7 +172,7 @@ def site_quantize_kernel(
         inverse = tl.where(usable, norm / tl.where(usable, scale, 1.0), 0.0)
         if tl.program_id(0) == 0:
             tl.store(scale_ptr + rows, tl.where(usable, scale, 0.0), mask=rows < M)
-        units = v * inverse[:, None]
+        units = _in_order(v, BM) * inverse[:, None]
         if MODE == "codebook":
             codes = _codebook(units)
         elif MODE == "int4":
@@ -210,8 +237,9 @@ def rotate_quantize(
         chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, row_tiles))) * COLUMNS.value
         chunks = triton.cdiv(k, chunk)
         partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
-        partial_project_kernel[(row_tiles, chunks)](x, basis, partial, m, k, rank, x.stride(0), chunk,
-                                                    **projection, **OPTIONS)
+        partial_project_kernel[(row_tiles, chunks)](
+            x, basis, partial, m, k, rank, x.stride(0), chunk, **projection, **OPTIONS
+        )
         sum_project_kernel[(triton.cdiv(m, 16),)](partial, z, top, m, rank, chunks, BM=16, num_warps=4, **OPTIONS)
     elif mode != "codebook":
         top.zero_()
