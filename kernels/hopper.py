@@ -42,6 +42,8 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile width, ring depth and slices of the output tile."""
     if dtype == torch.float32:
         return {"BN": 128, "STAGES": 4, "PARTS": 2}
+    if triton.cdiv(m, BM.value) * n < 36 * 4096:  # too few wide tiles to fill the chip evenly
+        return {"BN": 128, "STAGES": 5, "PARTS": 1}
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 
 
@@ -59,12 +61,14 @@ def multiply(
     m, k = codes.shape
     n = w.shape[0]
     tile = tile or blocks(m, n, out.dtype)
-    rank = 0 if z is None or low_rank is None else z.shape[1]
     half, bk, ranks = BM.value // 2, BK.value, RANKS.value
-    any_16 = codes.view(torch.bfloat16)  # never read: stands in for an absent branch
+    rank = 0
+    left = right = codes.view(torch.bfloat16)  # never read if the branch is absent
+    if z is not None and low_rank is not None and z.shape[1]:
+        rank, left, right = z.shape[1], z, low_rank
     a_desc, w_desc = _descriptor(codes, half, bk), _descriptor(w, tile["BN"], bk)
-    z_desc = _descriptor(z if rank else any_16, half, ranks)
-    l_desc = _descriptor(low_rank if rank else any_16, tile["BN"], ranks)
+    z_desc = _descriptor(left, half, ranks)
+    l_desc = _descriptor(right, tile["BN"], ranks)
     out_desc = _descriptor(out, half, tile["BN"] // tile["PARTS"])
     tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32

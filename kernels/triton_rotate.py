@@ -241,7 +241,7 @@ def rotate_quantize(
     from . import triton_site
 
     with torch.cuda.device_of(x):
-        if triton_site.applies(x, basis, signs, block):
+        if signs is not None and triton_site.applies(x, basis, signs, block):
             return triton_site.rotate_quantize(x, basis, signs, block, mode)
         site = _Site(x, basis, signs, block)
         m = x.shape[0]

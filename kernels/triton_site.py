@@ -5,6 +5,8 @@ rows, so a tile of v is three matrix products and x is the only large operand. x
 held as the sum of two bf16 parts. Nothing but the maximum of a row, which no order changes, is combined by an atomic.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -54,15 +56,15 @@ def sum_project_kernel(partial_ptr, z_ptr, top_ptr, M, r, chunks, BM: tl.constex
 
 
 @triton.jit
-def _operators(basis_ptr, signs_ptr, cols, r, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
-    """D H [128, 128] and the two bf16 parts of −G [64, 128], their columns shuffled for `_in_order`.
+def _operators(basis_ptr, signs_ptr, cols, start, r, PROJECT: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr):
+    """OUT columns from `start` of D H [128, 128] and of the two bf16 parts of −G [64, 128], shuffled for `_in_order`.
 
-    A thread of a matrix instruction holds columns 8i + 2q and 8i + 2q + 1 of a tile, i = 0..15. These are computed as
-    columns 32q + 2i and 32q + 2i + 1, so that a thread ends with 32 neighbours to store.
+    A thread q of a matrix instruction holds columns 8i + 2q and 8i + 2q + 1 of a tile, i = 0..OUT/8. These are
+    computed as its OUT/4 neighbouring columns, so that it can store them at once.
     """
     i = tl.arange(0, COLUMNS)[:, None]
-    slot = tl.arange(0, COLUMNS)[None, :]
-    j = slot % 8 // 2 * 32 + slot // 8 * 2 + slot % 2
+    slot = tl.arange(0, OUT)[None, :]
+    j = start + slot % 8 // 2 * (OUT // 4) + slot // 8 * 2 + slot % 2
     bits = i & j & (BLOCK - 1)
     bits ^= bits >> 4
     bits ^= bits >> 2
@@ -71,27 +73,30 @@ def _operators(basis_ptr, signs_ptr, cols, r, PROJECT: tl.constexpr, BLOCK: tl.c
     signs = tl.load(signs_ptr + cols).to(tl.int32)
     signed = (hadamard * signs[:, None]).to(tl.float32).to(tl.bfloat16)
     ranks = tl.arange(0, RANKS)
-    high = tl.zeros((RANKS, COLUMNS), tl.bfloat16)
-    low = tl.zeros((RANKS, COLUMNS), tl.bfloat16)
+    high = tl.zeros((RANKS, OUT), tl.bfloat16)
+    low = tl.zeros((RANKS, OUT), tl.bfloat16)
     if PROJECT:
         u = tl.load(basis_ptr + cols[None, :] * r + ranks[:, None], mask=ranks[:, None] < r, other=0.0)
-        g = -dot(u, signed, tl.zeros((RANKS, COLUMNS), tl.float32))
+        g = -dot(u, signed, tl.zeros((RANKS, OUT), tl.float32))
         high = narrow(g, tl.bfloat16)
         low = narrow(g - high.to(tl.float32), tl.bfloat16)
     return signed, high, low
 
 
 @triton.jit
-def _in_order(v, BM: tl.constexpr):
-    return tl.reshape(tl.permute(tl.reshape(v, (BM, 16, 4, 2)), (0, 2, 1, 3)), (BM, COLUMNS))
+def _in_order(v, BM: tl.constexpr, OUT: tl.constexpr):
+    return tl.reshape(tl.permute(tl.reshape(v, (BM, OUT // 8, 4, 2)), (0, 2, 1, 3)), (BM, OUT))
 
 
 @triton.jit
-def _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT: tl.constexpr, BM: tl.constexpr):
-    """v · √block, fp32 [BM, 128], its columns shuffled."""
+def _tile(
+    x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low,
+    PROJECT: tl.constexpr, BM: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """v · √block, fp32 [BM, OUT], its columns shuffled."""
     inside = rows[:, None] < M
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_x + cols[None, :], mask=inside, other=0.0)
-    v = dot(x, signed, tl.zeros((BM, COLUMNS), tl.float32))
+    v = dot(x, signed, tl.zeros((BM, OUT), tl.float32))
     if PROJECT:
         ranks = tl.arange(0, RANKS)
         z = tl.load(z_ptr + rows[:, None] * r + ranks[None, :], mask=inside & (ranks[None, :] < r), other=0.0)
@@ -103,10 +108,12 @@ def _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT: 
 @triton.jit
 def site_measure_kernel(
     x_ptr, z_ptr, basis_ptr, signs_ptr, top_ptr, sums_ptr, M, K, r, stride_x, norm, tiles,
-    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr,
+    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """top [M]: max |v| of a row as the bits of an fp32; in the codebook mode sums [K / 128, M]: Σ v²."""
-    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = 0 if MODE == "codebook" else tl.program_id(0) % (COLUMNS // OUT) * OUT
+    block = tl.program_id(0) if MODE == "codebook" else tl.program_id(0) // (COLUMNS // OUT)
+    cols = block * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * tiles
     end = tl.minimum(first + tiles, tl.cdiv(M, BM))
     if MODE == "codebook":  # the rotation leaves the sum as it is
@@ -123,10 +130,10 @@ def site_measure_kernel(
             at = sums_ptr + tl.program_id(0).to(tl.int64) * M + rows
             tl.store(at, tl.sum(v * v, 1), mask=rows < M)
     else:
-        signed, high, low = _operators(basis_ptr, signs_ptr, cols, r, PROJECT, BLOCK)
+        signed, high, low = _operators(basis_ptr, signs_ptr, cols, part, r, PROJECT, BLOCK, OUT)
         for tile in range(first, end):
             rows = tile * BM + tl.arange(0, BM)
-            v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM)
+            v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM, OUT)
             top = tl.max(tl.abs(v), 1) * norm
             tl.atomic_max(top_ptr + rows, top.to(tl.int32, bitcast=True), mask=rows < M, sem="relaxed")
 
@@ -142,8 +149,8 @@ def site_scale_kernel(sums_ptr, top_ptr, M, K, chunks, BM: tl.constexpr):
 
 
 @triton.jit
-def _int4(units, BM: tl.constexpr):
-    grouped = tl.reshape(units, (BM, 2, 64))
+def _int4(units, BM: tl.constexpr, OUT: tl.constexpr):
+    grouped = tl.reshape(units, (BM, OUT // 64, 64))
     low = tl.min(grouped, 2, keep_dims=True)
     high = tl.max(grouped, 2, keep_dims=True)
     step = tl.minimum(tl.maximum(tl.floor((high - low) / 15 + 0.5), 1.0), 17.0)
@@ -151,44 +158,45 @@ def _int4(units, BM: tl.constexpr):
     offset = tl.minimum(tl.maximum(offset, -128.0), 127 - 15 * step)
     inverse = 1 / step
     q = tl.minimum(tl.maximum(tl.floor(grouped * inverse + (0.5 - offset * inverse)), 0.0), 15.0)
-    return tl.reshape(step * q + offset, (BM, COLUMNS))
+    return tl.reshape(step * q + offset, (BM, OUT))
 
 
 @triton.jit
 def site_quantize_kernel(
     x_ptr, z_ptr, basis_ptr, signs_ptr, top_ptr, codes_ptr, scale_ptr, M, K, r, stride_x, norm, tiles,
-    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr,
+    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """codes [M, K] int8 and scale [M] fp32."""
-    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    signed, high, low = _operators(basis_ptr, signs_ptr, cols, r, PROJECT, BLOCK)
+    cols = tl.program_id(0) // (COLUMNS // OUT) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(0) % (COLUMNS // OUT) * OUT
+    signed, high, low = _operators(basis_ptr, signs_ptr, cols, part, r, PROJECT, BLOCK, OUT)
+    out_cols = tl.program_id(0) * OUT + tl.arange(0, OUT)
     first = tl.program_id(1) * tiles
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BM))):
         rows = tile * BM + tl.arange(0, BM)
-        v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM)
+        v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM, OUT)
         top = tl.load(top_ptr + rows, mask=rows < M, other=0).to(tl.float32, bitcast=True)
         scale = top / 36 if MODE == "codebook" else top / 127
         usable = scale >= SMALLEST_SCALE
         inverse = tl.where(usable, norm / tl.where(usable, scale, 1.0), 0.0)
         if tl.program_id(0) == 0:
             tl.store(scale_ptr + rows, tl.where(usable, scale, 0.0), mask=rows < M)
-        units = _in_order(v, BM) * inverse[:, None]
+        units = _in_order(v, BM, OUT) * inverse[:, None]
         if MODE == "codebook":
             codes = _codebook(units)
         elif MODE == "int4":
-            codes = _int4(units, BM)
+            codes = _int4(units, BM, OUT)
         else:
             codes = _int8(units)
-        codes_at = codes_ptr + rows[:, None].to(tl.int64) * K + cols[None, :]
+        codes_at = codes_ptr + rows[:, None].to(tl.int64) * K + out_cols[None, :]
         tl.store(codes_at, codes.to(tl.int8), mask=rows[:, None] < M)
 
 
-def applies(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> bool:
-    """Whether these kernels compute this site; `triton_rotate` computes every site."""
+def applies(x: Tensor, basis: Tensor | None, signs: Tensor, block: int) -> bool:
+    """Whether these kernels compute this site; those of `triton_rotate` compute every site."""
     rank = 0 if basis is None else basis.shape[1]
     return (
         x.dtype == torch.bfloat16
-        and signs is not None
         and block <= COLUMNS.value
         and x.shape[1] % COLUMNS.value == 0
         and rank <= RANKS.value
@@ -196,11 +204,22 @@ def applies(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -
     )
 
 
-def site_blocks(m: int) -> dict[str, int]:
+def site_blocks(m: int, hopper: bool) -> dict[str, int]:
     """Tile sizes and launch options of the two passes over x for M tokens."""
     if m <= 64:
-        return {"BM": 16, "num_warps": 4, "num_stages": 2}
-    return {"BM": 64, "num_warps": 4, "num_stages": 3}
+        return {"BM": 16, "OUT": 64, "num_warps": 4, "num_stages": 2}
+    # All 128 columns fit where the matrix instruction reads them from shared memory; elsewhere registers would spill.
+    return {"BM": 64, "OUT": 128 if hopper else 64, "num_warps": 4, "num_stages": 2}
+
+
+@cache
+def tiles_per_program(row_tiles: int, parts: int, resident: int) -> int:
+    """Row tiles of one program, for `parts` programs side by side and `resident` at a time on the chip.
+
+    The least time where a program costs its tiles and one more for its operators, and programs run in full rounds.
+    """
+    rounds = {tiles: -(-parts * -(-row_tiles // tiles) // resident) for tiles in range(1, row_tiles + 1)}
+    return min(rounds, key=lambda tiles: rounds[tiles] * (tiles + 1))
 
 
 def project_blocks(m: int) -> dict[str, int]:
@@ -210,13 +229,21 @@ def project_blocks(m: int) -> dict[str, int]:
     return {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
 
 
-PROGRAMS = 264  # of the passes over x: two per multiprocessor of the largest chips
+PROGRAMS = 264  # of the projection: two per multiprocessor of the largest chips
+
+
+@cache
+def _chip(kind: str, index: int | None) -> tuple[int, bool]:
+    """Multiprocessors, and whether it is Hopper."""
+    if kind != "cuda":
+        return 1, False
+    chip = torch.cuda.get_device_properties(index)
+    return chip.multi_processor_count, (chip.major, chip.minor) == (9, 0)
 
 
 def rotate_quantize(
-    x: Tensor, basis: Tensor | None, signs: Tensor, block: int, mode: str,
-    site: dict[str, int] | None = None, projection: dict[str, int] | None = None, programs: int = PROGRAMS,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, basis: Tensor | None, signs: Tensor, block: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
     m, k = x.shape
     rank = 0 if basis is None else basis.shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
@@ -226,15 +253,15 @@ def rotate_quantize(
         return codes, scale, z
     if x.stride(1) != 1:
         x = x.contiguous()
-    basis = x if not rank else basis.contiguous()
+    basis = x if basis is None or not rank else basis.contiguous()  # never read if absent
     signs = signs.contiguous()
-    site = site or site_blocks(m)
-    projection = projection or project_blocks(m)
+    multiprocessors, hopper = _chip(x.device.type, x.device.index)
+    site, projection = site_blocks(m, hopper), project_blocks(m)
     blocks = k // COLUMNS.value
     top = torch.empty(m, dtype=torch.int32, device=x.device)
     if rank:
         row_tiles = triton.cdiv(m, projection["BM"])
-        chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, row_tiles))) * COLUMNS.value
+        chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, row_tiles))) * COLUMNS.value
         chunks = triton.cdiv(k, chunk)
         partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
         partial_project_kernel[(row_tiles, chunks)](
@@ -244,12 +271,14 @@ def rotate_quantize(
     elif mode != "codebook":
         top.zero_()
     row_tiles = triton.cdiv(m, site["BM"])
-    tiles = triton.cdiv(row_tiles, min(row_tiles, triton.cdiv(programs, blocks)))
-    grid = (blocks, triton.cdiv(row_tiles, tiles))
+    parts = k // site["OUT"]
+    tiles = tiles_per_program(row_tiles, parts, multiprocessors)
+    grid = (parts, triton.cdiv(row_tiles, tiles))
+    measured = (blocks, grid[1]) if mode == "codebook" else grid
     constants = {"PROJECT": rank > 0, "BLOCK": block, "MODE": mode, **site, **OPTIONS}
     sizes = (m, k, rank, x.stride(0), block**-0.5, tiles)
     sums = torch.empty((blocks, m), dtype=torch.float32, device=x.device) if mode == "codebook" else top
-    site_measure_kernel[grid](x, z, basis, signs, top, sums, *sizes, **constants)
+    site_measure_kernel[measured](x, z, basis, signs, top, sums, *sizes, **constants)
     if mode == "codebook":
         site_scale_kernel[(triton.cdiv(m, 64),)](sums, top, m, k, blocks, BM=64, num_warps=2, **OPTIONS)
     site_quantize_kernel[grid](x, z, basis, signs, top, codes, scale, *sizes, **constants)

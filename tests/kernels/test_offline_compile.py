@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dirotq.kernels import triton_linear, triton_rotate, triton_w4a16  # noqa: E402
+from dirotq.kernels import triton_linear, triton_rotate, triton_site, triton_unpack, triton_w4a16  # noqa: E402
 from dirotq.kernels.triton_common import OPTIONS  # noqa: E402
 
 KIB = 1024
@@ -41,6 +41,8 @@ QUANTIZE = {**SITE, "partial_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32
 LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
 ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
 MANY = triton_rotate.blocks(4608, 128)
+PASS = {**QUANTIZE, "top_ptr": "i32", "sums_ptr": "fp32"}
+PROJECTED = {"PROJECT": True, "BLOCK": 128}
 
 KERNELS = {
     "project": (triton_rotate.project_kernel, SITE, {"PARTS": 1, **triton_rotate.project_blocks(4608)}, False),
@@ -72,6 +74,16 @@ KERNELS = {
     ),
 }  # fmt: skip
 
+# The passes over a common site, which only NVIDIA GPUs run.
+SITE_KERNELS = {
+    "partial project": (triton_site.partial_project_kernel, PASS, triton_site.project_blocks(4608)),
+    "partial project, one token": (triton_site.partial_project_kernel, PASS, triton_site.project_blocks(1)),
+}
+for _mode in ("codebook", "int4", "int8"):
+    for _name, _m in (("many tokens", 4608), ("one token", 1)):
+        for _pass in (triton_site.site_measure_kernel, triton_site.site_quantize_kernel):
+            SITE_KERNELS[f"{_pass.__name__} {_mode}, {_name}"] = (_pass, PASS, {**PROJECTED, "MODE": _mode, "m": _m})
+
 
 def compile_for(target, kernel, pointers, values):
     options = {**OPTIONS, **{name: values[name] for name in ("num_warps", "num_stages")}}
@@ -83,7 +95,7 @@ def compile_for(target, kernel, pointers, values):
         else:
             kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name == "norm" else "i32"
             signature[name] = kind
-            if name.endswith("_ptr") or name == "K":  # as a launch finds them
+            if name.endswith("_ptr") or name in ("K", "r", "stride_x"):  # as a launch finds them
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     try:
@@ -103,4 +115,60 @@ def test_compiles(chip, name):
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     assert re.search(FLOAT_MATRIX, assembly)
     assert not is_int8 or re.search(int8_matrix, assembly)
+    assert compiled.metadata.shared <= shared_memory
+
+
+@pytest.mark.parametrize("name", SITE_KERNELS)
+@pytest.mark.parametrize("chip", [chip for chip in TARGETS if chip.startswith("sm_")])
+def test_site_kernels_compile(chip, name):
+    target, shared_memory, _ = TARGETS[chip]
+    kernel, pointers, values = SITE_KERNELS[name]
+    if "m" in values:
+        values = {**values, **triton_site.site_blocks(values["m"], chip == "sm_90")}
+        del values["m"]
+    compiled = compile_for(target, kernel, pointers, values)
+    assert re.search(FLOAT_MATRIX, compiled.asm["ptx"])
+    assert compiled.metadata.shared <= shared_memory
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_unpack_compiles(chip):
+    target, _, _ = TARGETS[chip]
+    values = {"ASM": target.backend == "cuda", "BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+    compiled = compile_for(target, triton_unpack.unpack_kernel, {"packed_ptr": "i32", "out_ptr": "i32"}, values)
+    assert target.backend != "cuda" or "prmt.b32" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_hopper_product_compiles(columns):
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        pytest.skip("the kernel needs the Gluon of Triton 3.6")
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
+
+    def descriptor(kind, dtype, *shape):
+        return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
+
+    tile = {"BN": columns, "STAGES": 4 if columns == 256 else 5, "PARTS": columns // 128}
+    values = {"TOTAL": gl.int32, "HAS_BIAS": True, **tile}
+    types = {
+        "a_desc": descriptor("i8", gl.int8, 64, 128),
+        "w_desc": descriptor("i8", gl.int8, columns, 128),
+        "z_desc": descriptor("bf16", gl.bfloat16, 64, 64),
+        "l_desc": descriptor("bf16", gl.bfloat16, columns, 64),
+        "out_desc": descriptor("bf16", gl.bfloat16, 64, 128),
+        "scale_ptr": "*fp32",
+        "weight_scale_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+    }
+    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    source = GluonASTSource(kernel, signature, constants)
+    target, shared_memory, int8_matrix = TARGETS["sm_90"]
+    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    assert re.search(int8_matrix, ptx) and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
+    assert ".local" not in ptx
     assert compiled.metadata.shared <= shared_memory
