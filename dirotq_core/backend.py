@@ -16,6 +16,7 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from .architectures import recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, check_names, check_tensor, expected_tensors
 from .config import DiRotQConfig
@@ -219,6 +220,10 @@ def _finish(model: Any) -> None:
     patterns = tuple(getattr(model, "_skip_layerwise_casting_patterns", None) or ())
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
+    # `compile_repeated_blocks` compiles the classes named here; PixArt's class names none.
+    if not getattr(model, "_repeated_blocks", None):
+        stacks = (getattr(model, stack) for stack in recipe_for(model).blocks)
+        model._repeated_blocks = sorted({type(block).__name__ for stack in stacks for block in stack})
 
 
 def attach_quantizer(model: Any, config: DiRotQConfig, dtype: torch.dtype) -> None:

@@ -79,7 +79,7 @@ def row_scale(weight: Tensor, weight_scale: Tensor) -> None:
 
 
 def group_scale(k: int, weight: Tensor, weight_scale: Tensor) -> None:
-    _dtype("weight_scale", weight_scale, torch.float32)
+    _dtype("weight_scale", weight_scale, torch.float32, torch.bfloat16)
     n, groups = weight.shape[0], k // GROUP
     if weight_scale.ndim != 2 or weight_scale.shape[0] != n or weight_scale.shape[1] not in (1, groups):
         raise ValueError(

@@ -101,8 +101,8 @@ def linear_a16(
 ) -> Tensor:
     """y [M, N] = x Ŵᵀ + z Lᵀ + b in x.dtype: 4-bit weights, 16-bit activations, fp32 accumulation.
 
-    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32; Ŵ = table[code] · scale rounded to
-    x.dtype; the rest as in `linear_a8`. Differentiable in x and z.
+    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32 or bf16; Ŵ = table[code] · scale, not
+    rounded; the rest as in `linear_a8`. Differentiable in x and z.
     """
     return torch.ops.dirotq.linear_a16.default(x, z, weight, weight_scale, low_rank, bias, list(table))
 
@@ -131,7 +131,7 @@ def linear(
 def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Ŵ [N, K] = table[code] · scale, rounded once to `dtype`.
 
-    weight [N, K/2] uint8; weight_scale fp32 [N], [N, 1] or [N, K/64]; table as in `linear_a8`.
+    weight [N, K/2] uint8; weight_scale fp32 [N], or fp32 or bf16 [N, 1] or [N, K/64]; table as in `linear_a8`.
     """
     return torch.ops.dirotq.dequantize.default(weight, weight_scale, list(table), dtype)
 

@@ -117,8 +117,8 @@ def linear_a16(
     bias: Tensor | None,
     table: Sequence[int],
 ) -> Tensor:
-    """y = x Ŵᵀ + z Lᵀ + b, Ŵ = table[code] · scale rounded to x.dtype; accumulated in fp32."""
-    y = x.float() @ dequantize(weight, weight_scale, table, x.dtype).float().T
+    """y = x Ŵᵀ + z Lᵀ + b, Ŵ = table[code] · scale; all in fp32, rounded once."""
+    y = x.float() @ dequantize(weight, weight_scale, table, torch.float32).T
     return _finish(y, z, low_rank, bias).to(x.dtype)
 
 
@@ -131,9 +131,9 @@ def _finish(y: Tensor, z: Tensor | None, low_rank: Tensor | None, bias: Tensor |
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Weight [N, K] in `dtype` from codes uint8 [N, K/2] and fp32 scales [N] or [N, G]; rounded once."""
+    """Weight [N, K] in `dtype` from codes uint8 [N, K/2] and scales [N] or [N, G]; rounded once."""
     values = decode(weight, table)
-    groups = weight_scale.reshape(values.shape[0], -1, 1)
+    groups = weight_scale.float().reshape(values.shape[0], -1, 1)
     return (values.unflatten(1, (groups.shape[1], -1)) * groups).flatten(1).to(dtype)
 
 
