@@ -99,9 +99,7 @@ def _add_rest(
                 mask=(cols[:, None] < N) & (ranks[None, :] < r),
                 other=0.0,
             )
-            branch = tl.fma(
-                low_rank.to(tl.float32), tl.broadcast_to(z.to(tl.float32)[None, :], (BN, BR)), branch
-            )
+            branch = tl.fma(low_rank.to(tl.float32), tl.broadcast_to(z.to(tl.float32)[None, :], (BN, BR)), branch)
         y += tl.sum(branch, 1)
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
@@ -141,9 +139,7 @@ def few_tokens_kernel(
         if BM > 2:
             total_2 += _sum_of_groups(w, x_at, token + 2, M, stride_x, within, scale)
             total_3 += _sum_of_groups(w, x_at, token + 3, M, stride_x, within, scale)
-    _add_rest(
-        total_0, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
-    )
+    _add_rest(total_0, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR)
     if BM > 1:
         _add_rest(
             total_1, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 1, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
