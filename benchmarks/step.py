@@ -109,6 +109,9 @@ class Variant:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.output = self.run()
+            self.graph.replay()
+            if not torch.equal(self.output, self.run()):
+                raise AssertionError(f"{self.name}: the replayed graph gives another result")
 
     def select(self) -> None:
         if self.bits:

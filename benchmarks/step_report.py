@@ -8,18 +8,18 @@ from typing import Any
 KINDS = {
     "unpack": r"^unpack_kernel",
     "rotate + quantize": r"^(partial_project|sum_project|project|site_\w+|measure|quantize|rotate)_?\w*kernel",
-    "modulation": r"few_tokens_kernel|gemv|kgemm_4bit_inference|dot_kernel",
+    "modulation": r"few_tokens_kernel|gemv|kgemm_4bit_inference|nvjet_\w+?_\d+x8_",  # tiles of eight tokens
+    "elementwise": r"^triton_(poi|red|per)_|layer_norm",
     "attention": r"flash|fmha|attention|sdpa|softmax",
     "matmul": r"linear_a8|many_tokens|gemm|nvjet|cutlass|xmma|splitKreduce|cublas|_mm_|triton_(tem|mm)",
     "dequantize": r"kDequantize",
-    "copy": r"^Memcpy|^Memset|CatArray|copy_kernel|direct_copy",
-    "elementwise": r"triton_|elementwise|reduce|norm|Norm|vectorized|gelu|index|fill",
 }
+REST = "elementwise"  # copies, concatenations and everything else that PyTorch launches
 
 
 def kind_of(kernel: str) -> str:
-    """The key of `KINDS` that `kernel` belongs to, or "other"."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "other")
+    """The key of `KINDS` that `kernel` belongs to."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), REST)
 
 
 def buckets(kernels: dict[str, float]) -> dict[str, float]:
@@ -96,7 +96,7 @@ def plot_profile(steps: list[dict[str, Any]], setting: dict[str, Any], file: Pat
     for axis, step in zip(axes, steps, strict=True):
         rows = {name: row["buckets_ms"] for name, row in step["variants"].items() if row.get("buckets_ms")}
         left = dict.fromkeys(rows, 0.0)
-        for number, kind in enumerate([*KINDS, "other"]):
+        for number, kind in enumerate(KINDS):
             widths = [row.get(kind, 0.0) for row in rows.values()]
             if any(widths):
                 axis.barh(list(rows), widths, left=list(left.values()), label=kind, color=f"C{number}")

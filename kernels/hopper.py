@@ -5,14 +5,16 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_hopper import BK, BM, RANKS, linear_a8_hopper_kernel
-from .triton_common import OPTIONS
+from .launch import cdiv, launch
 from .triton_unpack import unpack
+
+# Plain numbers: reading a constant of Triton's takes host time at every launch.
+HALF, COLUMNS, RANK = BM.value // 2, BK.value, RANKS.value
 
 _GLUON = {
     torch.int8: gl.int8,
@@ -29,8 +31,15 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = _layout(rows, columns, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+    """A descriptor of a matrix that `unpacks_first` and `_aligned` have seen to.
+
+    Its constructor would check the same again, which takes longer than a launch.
+    """
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.block_shape = tensor, [rows, columns]
+    descriptor.shape, descriptor.strides = list(tensor.shape), list(tensor.stride())
+    descriptor.layout = _layout(rows, columns, tensor.dtype)
+    return descriptor
 
 
 @cache
@@ -42,7 +51,7 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile width, ring depth and slices of the output tile."""
     if dtype == torch.float32:
         return {"BN": 128, "STAGES": 4, "PARTS": 2}
-    if triton.cdiv(m, BM.value) * n < 36 * 4096:  # too few wide tiles to fill the chip evenly
+    if cdiv(m, 2 * HALF) * n < 36 * 4096:  # too few wide tiles to fill the chip evenly
         return {"BN": 128, "STAGES": 5, "PARTS": 1}
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 
@@ -61,7 +70,7 @@ def multiply(
     m, k = codes.shape
     n = w.shape[0]
     tile = tile or blocks(m, n, out.dtype)
-    half, bk, ranks = BM.value // 2, BK.value, RANKS.value
+    half, bk, ranks = HALF, COLUMNS, RANK
     rank = 0
     left = right = codes.view(torch.bfloat16)  # never read if the branch is absent
     if z is not None and low_rank is not None and z.shape[1]:
@@ -70,11 +79,12 @@ def multiply(
     z_desc = _descriptor(left, half, ranks)
     l_desc = _descriptor(right, tile["BN"], ranks)
     out_desc = _descriptor(out, half, tile["BN"] // tile["PARTS"])
-    tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, tile["BN"])
+    tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
-    linear_a8_hopper_kernel[(min(tiles, _multiprocessors(codes.device.index)),)](
+    launch(
+        linear_a8_hopper_kernel, (min(tiles, _multiprocessors(codes.device.index)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, **OPTIONS,
+        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import OPTIONS, decode, low_rank_tile, narrow, table_words, tile_of
+from .launch import cdiv, launch
+from .triton_common import decode, low_rank_tile, narrow, table_words, tile_of
 
 FEWEST_TOKENS = 65  # for which weights are unpacked first
 
@@ -95,7 +96,7 @@ def linear_a8(
         with torch.cuda.device_of(codes):
             return hopper.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out)
     tile = blocks(m, k)
-    grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
+    grid = (cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),)
     codes, scale, weight_scale = codes.contiguous(), scale.contiguous(), weight_scale.contiguous()
     rank = 0 if z is None or low_rank is None else z.shape[1]
     # Absent tensors are never read; any pointer stands in for them.
@@ -103,9 +104,9 @@ def linear_a8(
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
     with torch.cuda.device_of(codes):
-        linear_a8_kernel[grid](
+        launch(
+            linear_a8_kernel, grid,
             codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
-            m, n, k, rank, *table_words(table),
-            HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile, **OPTIONS,
+            m, n, k, rank, *table_words(table), HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile,
         )  # fmt: skip
     return out

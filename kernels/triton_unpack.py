@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, OPTIONS, decode, table_words
+from .launch import cdiv, launch
+from .triton_common import INTERPRETED, decode, table_words
 
 # Eight codes of one 32-bit word to two words of four table bytes: the low and the high half of the table are permuted
 # by bits 0-2 of each code, then bit 3 picks between them.
@@ -65,8 +66,8 @@ def unpack(weight: Tensor, table: Sequence[int], dtype: torch.dtype = torch.int8
         table = torch.tensor(list(table), dtype=torch.float32).to(dtype).view(torch.int8).tolist()
     block = 1024
     asm = not INTERPRETED.value and torch.version.hip is None
-    unpack_kernel[(triton.cdiv(words, block),)](
-        weight.view(torch.int32), out.view(torch.int32), words, *table_words(table),
-        ASM=asm, BLOCK=block, num_warps=4, **OPTIONS,
+    launch(
+        unpack_kernel, (cdiv(words, block),), weight.view(torch.int32), out.view(torch.int32), words,
+        *table_words(table), ASM=asm, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,7 +1,9 @@
-"""Every Triton kernel compiled for GPUs that are not here: it compiles, uses the matrix unit, fits shared memory."""
+"""Every Triton kernel compiled for GPUs that are not here: its matrix instruction, shared memory, no spills."""
 
 import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ FLOAT_MATRIX = (
 SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
 A8 = {**WEIGHTS, "codes_ptr": "i8", "scale_ptr": "fp32", "weight_scale_ptr": "fp32"}
-A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "fp32"}
+A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "bf16", "words_ptr": "i32"}
 QUANTIZE = {**SITE, "partial_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
 LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
 ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
@@ -63,14 +65,12 @@ KERNELS = {
         triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(4608, 3072)}, True
     ),
     "a8, one token": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(1, 3072)}, True),
-    "a16, few tokens": (
-        triton_w4a16.few_tokens_kernel, A16, {**LINEAR, **triton_w4a16.few_tokens_blocks(3072)}, False
-    ),
+    "a8, 64 tokens": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(64, 3072)}, True),
     "a16, many tokens": (
-        triton_w4a16.many_tokens_kernel,
-        A16,
-        {**LINEAR, **triton_w4a16.many_tokens_blocks(torch.bfloat16)},
-        False,
+        triton_w4a16.many_tokens_kernel, A16, {**LINEAR, **triton_w4a16.many_tokens_blocks(4608, torch.bfloat16)}, False
+    ),
+    "a16, 16 tokens": (
+        triton_w4a16.many_tokens_kernel, A16, {**LINEAR, **triton_w4a16.many_tokens_blocks(16, torch.bfloat16)}, False
     ),
 }  # fmt: skip
 
@@ -106,21 +106,52 @@ def compile_for(target, kernel, pointers, values):
         raise
 
 
+# Passes for uncommon sites (fp16, other ranks) and for AMD, which keep a part of their registers in memory: slower than
+# they could be there, not wrong.
+SPILLING = {
+    **{(chip, "quantize int4, no basis"): "fp16 and int4" for chip in TARGETS},
+    ("gfx1100", "quantize int4, one token"): "int4",
+    **{("gfx942", name): "a tile of 8 waves" for name in ("rotate", "measure", "quantize codebook", "quantize int4")},
+}
+
+
+def spilled(compiled, target, folder):
+    """Bytes (NVIDIA) or registers (AMD) that the compiled kernel keeps in memory for want of registers."""
+    if target.backend == "hip":
+        counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert counts
+        return sum(map(int, counts))
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listing = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", listing)
+    return int(stack)
+
+
+def check(compiled, target, shared_memory, folder):
+    assert compiled.metadata.shared <= shared_memory
+    assert spilled(compiled, target, folder) == 0
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("chip", TARGETS)
-def test_compiles(chip, name):
+def test_compiles(chip, name, tmp_path):
     target, shared_memory, int8_matrix = TARGETS[chip]
     kernel, pointers, values, is_int8 = KERNELS[name]
     compiled = compile_for(target, kernel, pointers, values)
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     assert re.search(FLOAT_MATRIX, assembly)
     assert not is_int8 or re.search(int8_matrix, assembly)
-    assert compiled.metadata.shared <= shared_memory
+    if (chip, name) in SPILLING:
+        assert compiled.metadata.shared <= shared_memory
+        pytest.xfail(f"spills: {SPILLING[chip, name]}")
+    check(compiled, target, shared_memory, tmp_path)
 
 
 @pytest.mark.parametrize("name", SITE_KERNELS)
 @pytest.mark.parametrize("chip", [chip for chip in TARGETS if chip.startswith("sm_")])
-def test_site_kernels_compile(chip, name):
+def test_site_kernels_compile(chip, name, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
     kernel, pointers, values = SITE_KERNELS[name]
     if "m" in values:
@@ -128,19 +159,31 @@ def test_site_kernels_compile(chip, name):
         del values["m"]
     compiled = compile_for(target, kernel, pointers, values)
     assert re.search(FLOAT_MATRIX, compiled.asm["ptx"])
-    assert compiled.metadata.shared <= shared_memory
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("chip", TARGETS)
+def test_few_tokens_compiles(chip, tokens, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    asm = target.backend == "cuda"
+    values = {**LINEAR, "ASM": asm, **triton_w4a16.few_tokens_blocks(tokens)}
+    compiled = compile_for(target, triton_w4a16.few_tokens_kernel, A16, values)
+    assert not asm or "prmt.b32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
 
 
 @pytest.mark.parametrize("chip", TARGETS)
-def test_unpack_compiles(chip):
-    target, _, _ = TARGETS[chip]
+def test_unpack_compiles(chip, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
     values = {"ASM": target.backend == "cuda", "BLOCK": 1024, "num_warps": 4, "num_stages": 1}
     compiled = compile_for(target, triton_unpack.unpack_kernel, {"packed_ptr": "i32", "out_ptr": "i32"}, values)
     assert target.backend != "cuda" or "prmt.b32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
 
 
 @pytest.mark.parametrize("columns", [128, 256])
-def test_hopper_product_compiles(columns):
+def test_hopper_product_compiles(columns, tmp_path):
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         pytest.skip("the kernel needs the Gluon of Triton 3.6")
     from triton.experimental.gluon import language as gl
@@ -170,5 +213,4 @@ def test_hopper_product_compiles(columns):
     compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
     ptx = compiled.asm["ptx"]
     assert re.search(int8_matrix, ptx) and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
-    assert ".local" not in ptx
-    assert compiled.metadata.shared <= shared_memory
+    check(compiled, target, shared_memory, tmp_path)
