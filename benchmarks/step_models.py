@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def _random_site(plan: SitePlan, weights: list[Tensor]) -> SolvedSite:
         elif name == "basis":
             site[name] = torch.linalg.qr(torch.randn(shape, device=device))[0].to(dtype)
         else:  # the published rotation: the complement of the subspace in a random basis of everything
-            full = torch.linalg.qr(torch.randn(k, k, device=device))[0].to(dtype)
+            full = _orthogonal(k, str(device))
             site = {"rotation": full[:, : k - r].contiguous(), "basis": full[:, k - r :].contiguous()}
             break
     linears = []
@@ -133,6 +134,11 @@ def _random_site(plan: SitePlan, weights: list[Tensor]) -> SolvedSite:
             tensors["low_rank"] = low_rank
         linears.append({key: t.to(spec[key][1]).reshape(spec[key][0]).contiguous() for key, t in tensors.items()})
     return SolvedSite(site, linears, [])
+
+
+@cache
+def _orthogonal(k: int, device: str) -> Tensor:
+    return torch.linalg.qr(torch.randn(k, k, device=device))[0].bfloat16()
 
 
 def _nearest(target: Tensor, fmt: WeightFormat) -> dict[str, Tensor]:

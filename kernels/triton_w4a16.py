@@ -198,7 +198,7 @@ def few_tokens_blocks(m: int) -> dict[str, int]:
 def many_tokens_blocks(m: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options of `many_tokens_kernel`."""
     if m <= 16:
-        return {"BM": 16, "BN": 64, "BK": 64, "BR": 32, "num_warps": 4, "num_stages": 4}
+        return {"BM": 16, "BN": 32, "BK": 64, "BR": 32, "num_warps": 4, "num_stages": 4}
     if dtype == torch.float32:  # multiplied without tensor cores: a smaller tile, or it spills
         return {"BM": 32, "BN": 64, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 2}
     return {"BM": 64, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 2}
