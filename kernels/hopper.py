@@ -28,7 +28,8 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON[dtype])
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the memory accelerator needs to copy tiles [rows, columns] of `tensor`."""
     layout = _layout(rows, columns, tensor.dtype)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
 
@@ -47,7 +48,7 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and at an address the memory accelerator takes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
@@ -66,10 +67,10 @@ def multiply(
     left = right = codes.view(torch.bfloat16)  # never read if the branch is absent
     if z is not None and low_rank is not None and z.shape[1]:
         rank, left, right = z.shape[1], z, low_rank
-    a_desc, w_desc = _descriptor(codes, half, bk), _descriptor(w, tile["BN"], bk)
-    z_desc = _descriptor(left, half, ranks)
-    l_desc = _descriptor(right, tile["BN"], ranks)
-    out_desc = _descriptor(out, half, tile["BN"] // tile["PARTS"])
+    a_desc, w_desc = descriptor(codes, half, bk), descriptor(w, tile["BN"], bk)
+    z_desc = descriptor(left, half, ranks)
+    l_desc = descriptor(right, tile["BN"], ranks)
+    out_desc = descriptor(out, half, tile["BN"] // tile["PARTS"])
     tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     linear_a8_hopper_kernel[(min(tiles, _multiprocessors(codes.device.index)),)](
@@ -90,8 +91,8 @@ def linear_a8(
     table: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    w = unpack(_aligned(weight), table, codes.dtype)
+    w = unpack(aligned(weight), table, codes.dtype)
     if z is not None and low_rank is not None:
-        z, low_rank = _aligned(z), _aligned(low_rank)
+        z, low_rank = aligned(z), aligned(low_rank)
     bias = None if bias is None else bias.contiguous()
-    return multiply(_aligned(codes), scale.contiguous(), z, w, weight_scale.contiguous(), low_rank, bias, out)
+    return multiply(aligned(codes), scale.contiguous(), z, w, weight_scale.contiguous(), low_rank, bias, out)
