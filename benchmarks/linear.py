@@ -61,7 +61,7 @@ class Linear:
         self.x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         self.dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5
         self.fp8, self.fp8_scale = fp8_rows(self.dense)
-        self.basis = torch.linalg.qr(torch.randn(k, RANK, device="cuda"))[0].bfloat16()
+        self.basis = torch.linalg.qr(torch.randn(k, RANK, device="cuda"))[0].bfloat16().contiguous()
         self.signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
         self.weight = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
         self.weight_scale = (0.5 + torch.rand(n, device="cuda")) / (36 * k**0.5)

@@ -30,16 +30,16 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON[dtype])
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of a matrix that `unpacks_first` and `_aligned` have seen to.
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the memory accelerator needs to copy tiles [rows, columns] of a matrix that is `aligned`.
 
-    Its constructor would check the same again, which takes longer than a launch.
+    Its constructor would check that again, which takes longer than a launch.
     """
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.base, descriptor.block_shape = tensor, [rows, columns]
-    descriptor.shape, descriptor.strides = list(tensor.shape), list(tensor.stride())
-    descriptor.layout = _layout(rows, columns, tensor.dtype)
-    return descriptor
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.block_shape = tensor, [rows, columns]
+    made.shape, made.strides = list(tensor.shape), list(tensor.stride())
+    made.layout = _layout(rows, columns, tensor.dtype)
+    return made
 
 
 @cache
@@ -56,7 +56,7 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and at an address the memory accelerator takes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
@@ -70,15 +70,14 @@ def multiply(
     m, k = codes.shape
     n = w.shape[0]
     tile = tile or blocks(m, n, out.dtype)
-    half, bk, ranks = HALF, COLUMNS, RANK
     rank = 0
     left = right = codes.view(torch.bfloat16)  # never read if the branch is absent
     if z is not None and low_rank is not None and z.shape[1]:
         rank, left, right = z.shape[1], z, low_rank
-    a_desc, w_desc = _descriptor(codes, half, bk), _descriptor(w, tile["BN"], bk)
-    z_desc = _descriptor(left, half, ranks)
-    l_desc = _descriptor(right, tile["BN"], ranks)
-    out_desc = _descriptor(out, half, tile["BN"] // tile["PARTS"])
+    a_desc, w_desc = descriptor(codes, HALF, COLUMNS), descriptor(w, tile["BN"], COLUMNS)
+    z_desc = descriptor(left, HALF, RANK)
+    l_desc = descriptor(right, tile["BN"], RANK)
+    out_desc = descriptor(out, HALF, tile["BN"] // tile["PARTS"])
     tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     launch(
@@ -100,8 +99,8 @@ def linear_a8(
     table: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    w = unpack(_aligned(weight), table, codes.dtype)
+    w = unpack(aligned(weight), table, codes.dtype)
     if z is not None and low_rank is not None:
-        z, low_rank = _aligned(z), _aligned(low_rank)
+        z, low_rank = aligned(z), aligned(low_rank)
     bias = None if bias is None else bias.contiguous()
-    return multiply(_aligned(codes), scale.contiguous(), z, w, weight_scale.contiguous(), low_rank, bias, out)
+    return multiply(aligned(codes), scale.contiguous(), z, w, weight_scale.contiguous(), low_rank, bias, out)

@@ -1,8 +1,9 @@
-"""Triton kernels of `rotate_quantize` for the common site: bf16, rank up to 64, Hadamard blocks in 128 columns.
+"""Kernels of `rotate_quantize` for the common site: bf16, rank up to 64, Hadamard blocks in 128 columns.
 
-With G = Uᵀ D H, v = x (D H) − z G. A program keeps D H and G of its 128 columns in shared memory and passes over many
-rows, so a tile of v is three matrix products and x is the only large operand. x, D H and z are exact in bf16 and G is
-held as the sum of two bf16 parts. Nothing but the maximum of a row, which no order changes, is combined by an atomic.
+First x U and the scales, then v = x (D H) − z G with G = Uᵀ D H. In the second pass a program keeps D H and G of its
+128 columns in shared memory and passes over many rows, so a tile of v is a few matrix products and x is the only large
+operand. x, D H and z are exact in bf16; G is held as the sum of two bf16 parts. Hopper has kernels of its own
+(`hopper_site`).
 """
 
 from functools import cache
@@ -12,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import SCALE_OF_RMS
 from .triton_common import OPTIONS, dot, narrow
-from .triton_rotate import SMALLEST_SCALE, _codebook, _int8
+from .triton_rotate import _codebook, _int8, scale_of
 
 COLUMNS = tl.constexpr(128)
 RANKS = tl.constexpr(64)
@@ -21,38 +23,55 @@ RANKS = tl.constexpr(64)
 
 @triton.jit
 def partial_project_kernel(
-    x_ptr, basis_ptr, partial_ptr, M, K, r, stride_x, chunk,
-    BM: tl.constexpr, BK: tl.constexpr,
+    x_ptr, basis_ptr, partial_ptr, squares_ptr, M, K, r, stride_x, chunk,
+    PROJECT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partial [chunks, M, 64] fp32: x U over each chunk of columns."""
+    """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over each chunk of columns."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.arange(0, RANKS)
     first = tl.program_id(1) * chunk
     x_at = x_ptr + rows[:, None].to(tl.int64) * stride_x + first + tl.arange(0, BK)[None, :]
     u_at = basis_ptr + (first + tl.arange(0, BK)[:, None]) * r + ranks[None, :]
     total = tl.zeros((BM, RANKS), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
     for _ in range(first, tl.minimum(first + chunk, K), BK):
         x = tl.load(x_at, mask=rows[:, None] < M, other=0.0)
-        u = tl.load(u_at, mask=ranks[None, :] < r, other=0.0)
-        total = dot(x, u, total)
+        if PROJECT:
+            u = tl.load(u_at, mask=ranks[None, :] < r, other=0.0)
+            total = dot(x, u, total)
+        single = x.to(tl.float32)
+        squares += tl.sum(single * single, 1)
         x_at += BK
         u_at += BK * r
-    at = partial_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * RANKS + ranks[None, :]
-    tl.store(at, total, mask=rows[:, None] < M)
+    row_at = tl.program_id(1).to(tl.int64) * M + rows
+    tl.store(squares_ptr + row_at, squares, mask=rows < M)
+    if PROJECT:
+        tl.store(partial_ptr + row_at[:, None] * RANKS + ranks[None, :], total, mask=rows[:, None] < M)
 
 
 @triton.jit
-def sum_project_kernel(partial_ptr, z_ptr, top_ptr, M, r, chunks, BM: tl.constexpr):
-    """z [M, r] = bf16 of the sum of the partials; the maxima of the rows start at 0."""
+def sum_project_kernel(
+    partial_ptr, squares_ptr, z_ptr, scale_ptr, M, K, r, factor,
+    CHUNKS: tl.constexpr, PROJECT: tl.constexpr, OVERLAP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """z [M, r] and scale [M] from the partial sums; OVERLAP: launched while those may still be computed."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = rows[:, None] < M
     ranks = tl.arange(0, RANKS)
+    squares = tl.zeros((BM,), tl.float32)
     total = tl.zeros((BM, RANKS), tl.float32)
-    for chunk in range(chunks):
-        at = partial_ptr + (tl.cast(chunk, tl.int64) * M + rows[:, None]) * RANKS + ranks[None, :]
-        total += tl.load(at, mask=rows[:, None] < M, other=0.0)
-    z_at = z_ptr + rows[:, None] * r + ranks[None, :]
-    tl.store(z_at, narrow(total, tl.bfloat16), mask=(rows[:, None] < M) & (ranks[None, :] < r))
-    tl.store(top_ptr + rows, tl.zeros((BM,), tl.int32), mask=rows < M)
+    for chunk in tl.static_range(CHUNKS):
+        row_at = tl.cast(chunk, tl.int64) * M + rows
+        squares += tl.load(squares_ptr + row_at, mask=rows < M, other=0.0)
+        if PROJECT:
+            total += tl.load(partial_ptr + row_at[:, None] * RANKS + ranks[None, :], mask=inside, other=0.0)
+    if PROJECT:
+        z_at = z_ptr + rows[:, None] * r + ranks[None, :]
+        tl.store(z_at, narrow(total, tl.bfloat16), mask=inside & (ranks[None, :] < r))
+    tl.store(scale_ptr + rows, scale_of(squares, tl.sum(total * total, 1), K, factor), mask=rows < M)
 
 
 @triton.jit
@@ -106,53 +125,10 @@ def _tile(
 
 
 @triton.jit
-def site_measure_kernel(
-    x_ptr, z_ptr, basis_ptr, signs_ptr, top_ptr, sums_ptr, M, K, r, stride_x, norm, tiles,
-    PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, OUT: tl.constexpr,
-):  # fmt: skip
-    """top [M]: max |v| of a row as the bits of an fp32; in the codebook mode sums [K / 128, M]: Σ v²."""
-    part = 0 if MODE == "codebook" else tl.program_id(0) % (COLUMNS // OUT) * OUT
-    block = tl.program_id(0) if MODE == "codebook" else tl.program_id(0) // (COLUMNS // OUT)
-    cols = block * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1) * tiles
-    end = tl.minimum(first + tiles, tl.cdiv(M, BM))
-    if MODE == "codebook":  # the rotation leaves the sum as it is
-        ranks = tl.arange(0, RANKS)
-        u = tl.load(basis_ptr + cols[None, :] * r + ranks[:, None], mask=ranks[:, None] < r, other=0.0)
-        for tile in range(first, end):
-            rows = tile * BM + tl.arange(0, BM)
-            inside = rows[:, None] < M
-            x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_x + cols[None, :], mask=inside, other=0.0)
-            v = x.to(tl.float32)
-            if PROJECT:
-                z = tl.load(z_ptr + rows[:, None] * r + ranks[None, :], mask=inside & (ranks[None, :] < r), other=0.0)
-                v -= dot(z, u, tl.zeros((BM, COLUMNS), tl.float32))
-            at = sums_ptr + tl.program_id(0).to(tl.int64) * M + rows
-            tl.store(at, tl.sum(v * v, 1), mask=rows < M)
-    else:
-        signed, high, low = _operators(basis_ptr, signs_ptr, cols, part, r, PROJECT, BLOCK, OUT)
-        for tile in range(first, end):
-            rows = tile * BM + tl.arange(0, BM)
-            v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM, OUT)
-            top = tl.max(tl.abs(v), 1) * norm
-            tl.atomic_max(top_ptr + rows, top.to(tl.int32, bitcast=True), mask=rows < M, sem="relaxed")
-
-
-@triton.jit
-def site_scale_kernel(sums_ptr, top_ptr, M, K, chunks, BM: tl.constexpr):
-    """top [M]: rms of v of a row, as the bits of an fp32."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    total = tl.zeros((BM,), tl.float32)
-    for chunk in range(chunks):
-        total += tl.load(sums_ptr + tl.cast(chunk, tl.int64) * M + rows, mask=rows < M, other=0.0)
-    tl.store(top_ptr + rows, tl.sqrt(total / K).to(tl.int32, bitcast=True), mask=rows < M)
-
-
-@triton.jit
 def _int4(units, BM: tl.constexpr, OUT: tl.constexpr):
     grouped = tl.reshape(units, (BM, OUT // 64, 64))
-    low = tl.min(grouped, 2, keep_dims=True)
-    high = tl.max(grouped, 2, keep_dims=True)
+    low = tl.maximum(tl.min(grouped, 2, keep_dims=True), -128.0)
+    high = tl.minimum(tl.max(grouped, 2, keep_dims=True), 127.0)
     step = tl.minimum(tl.maximum(tl.floor((high - low) / 15 + 0.5), 1.0), 17.0)
     offset = tl.floor((low + high) / 2 - 7.5 * step + 0.5)
     offset = tl.minimum(tl.maximum(offset, -128.0), 127 - 15 * step)
@@ -163,10 +139,10 @@ def _int4(units, BM: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def site_quantize_kernel(
-    x_ptr, z_ptr, basis_ptr, signs_ptr, top_ptr, codes_ptr, scale_ptr, M, K, r, stride_x, norm, tiles,
+    x_ptr, z_ptr, basis_ptr, signs_ptr, scale_ptr, codes_ptr, M, K, r, stride_x, norm, tiles,
     PROJECT: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """codes [M, K] int8 and scale [M] fp32."""
+    """codes [M, K] int8 for scale [M] and z [M, r]."""
     cols = tl.program_id(0) // (COLUMNS // OUT) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(0) % (COLUMNS // OUT) * OUT
     signed, high, low = _operators(basis_ptr, signs_ptr, cols, part, r, PROJECT, BLOCK, OUT)
@@ -175,12 +151,8 @@ def site_quantize_kernel(
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BM))):
         rows = tile * BM + tl.arange(0, BM)
         v = _tile(x_ptr, z_ptr, rows, cols, M, r, stride_x, signed, high, low, PROJECT, BM, OUT)
-        top = tl.load(top_ptr + rows, mask=rows < M, other=0).to(tl.float32, bitcast=True)
-        scale = top / 36 if MODE == "codebook" else top / 127
-        usable = scale >= SMALLEST_SCALE
-        inverse = tl.where(usable, norm / tl.where(usable, scale, 1.0), 0.0)
-        if tl.program_id(0) == 0:
-            tl.store(scale_ptr + rows, tl.where(usable, scale, 0.0), mask=rows < M)
+        scale = tl.load(scale_ptr + rows, mask=rows < M, other=0.0)
+        inverse = tl.where(scale > 0, norm / tl.where(scale > 0, scale, 1.0), 0.0)
         units = _in_order(v, BM, OUT) * inverse[:, None]
         if MODE == "codebook":
             codes = _codebook(units)
@@ -204,12 +176,11 @@ def applies(x: Tensor, basis: Tensor | None, signs: Tensor, block: int) -> bool:
     )
 
 
-def site_blocks(m: int, hopper: bool) -> dict[str, int]:
-    """Tile sizes and launch options of the two passes over x for M tokens."""
+def site_blocks(m: int) -> dict[str, int]:
+    """Tile sizes and launch options of `site_quantize_kernel` for M tokens."""
     if m <= 64:
         return {"BM": 16, "OUT": 64, "num_warps": 4, "num_stages": 2}
-    # All 128 columns fit where the matrix instruction reads them from shared memory; elsewhere registers would spill.
-    return {"BM": 64, "OUT": 128 if hopper else 64, "num_warps": 4, "num_stages": 2}
+    return {"BM": 64, "OUT": 64, "num_warps": 4, "num_stages": 2}  # of all 128 columns the registers would spill
 
 
 @cache
@@ -226,7 +197,7 @@ def project_blocks(m: int) -> dict[str, int]:
     """Tile sizes and launch options of `partial_project_kernel`."""
     if m <= 64:
         return {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3}
-    return {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+    return {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
 
 
 PROGRAMS = 264  # of the projection: two per multiprocessor of the largest chips
@@ -234,11 +205,12 @@ PROGRAMS = 264  # of the projection: two per multiprocessor of the largest chips
 
 @cache
 def _chip(kind: str, index: int | None) -> tuple[int, bool]:
-    """Multiprocessors, and whether it is Hopper."""
+    """Multiprocessors, and whether it is Hopper with a Triton that has kernels for it."""
     if kind != "cuda":
         return 1, False
     chip = torch.cuda.get_device_properties(index)
-    return chip.multi_processor_count, (chip.major, chip.minor) == (9, 0)
+    gluon = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    return chip.multi_processor_count, gluon and (chip.major, chip.minor) == (9, 0)
 
 
 def rotate_quantize(
@@ -246,40 +218,37 @@ def rotate_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, k = x.shape
     rank = 0 if basis is None else basis.shape[1]
+    z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
+    multiprocessors, hopper = _chip(x.device.type, x.device.index)
+    if hopper and m and rank % 8 == 0:
+        from . import hopper_site
+
+        codes, scale = hopper_site.rotate_quantize(x, basis, signs, block, mode, z, multiprocessors)
+        return codes, scale, z
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
     if not m:
         return codes, scale, z
     if x.stride(1) != 1:
         x = x.contiguous()
     basis = x if basis is None or not rank else basis.contiguous()  # never read if absent
-    signs = signs.contiguous()
-    multiprocessors, hopper = _chip(x.device.type, x.device.index)
-    site, projection = site_blocks(m, hopper), project_blocks(m)
-    blocks = k // COLUMNS.value
-    top = torch.empty(m, dtype=torch.int32, device=x.device)
-    if rank:
-        row_tiles = triton.cdiv(m, projection["BM"])
-        chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, row_tiles))) * COLUMNS.value
-        chunks = triton.cdiv(k, chunk)
-        partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
-        partial_project_kernel[(row_tiles, chunks)](
-            x, basis, partial, m, k, rank, x.stride(0), chunk, **projection, **OPTIONS
-        )
-        sum_project_kernel[(triton.cdiv(m, 16),)](partial, z, top, m, rank, chunks, BM=16, num_warps=4, **OPTIONS)
-    elif mode != "codebook":
-        top.zero_()
-    row_tiles = triton.cdiv(m, site["BM"])
-    parts = k // site["OUT"]
+    tile, site = project_blocks(m), site_blocks(m)
+    row_tiles, columns = triton.cdiv(m, tile["BM"]), k // COLUMNS.value
+    chunk = triton.cdiv(columns, min(columns, triton.cdiv(PROGRAMS, row_tiles))) * COLUMNS.value
+    chunks = triton.cdiv(k, chunk)
+    squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device) if rank else squares
+    partial_project_kernel[(row_tiles, chunks)](
+        x, basis, partial, squares, m, k, rank, x.stride(0), chunk, PROJECT=rank > 0, **tile, **OPTIONS
+    )
+    sum_project_kernel[(triton.cdiv(m, 16),)](
+        partial, squares, z, scale, m, k, rank, SCALE_OF_RMS[mode],
+        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=False, BM=16, num_warps=4, **OPTIONS,
+    )  # fmt: skip
+    row_tiles, parts = triton.cdiv(m, site["BM"]), k // site["OUT"]
     tiles = tiles_per_program(row_tiles, parts, multiprocessors)
-    grid = (parts, triton.cdiv(row_tiles, tiles))
-    measured = (blocks, grid[1]) if mode == "codebook" else grid
-    constants = {"PROJECT": rank > 0, "BLOCK": block, "MODE": mode, **site, **OPTIONS}
-    sizes = (m, k, rank, x.stride(0), block**-0.5, tiles)
-    sums = torch.empty((blocks, m), dtype=torch.float32, device=x.device) if mode == "codebook" else top
-    site_measure_kernel[measured](x, z, basis, signs, top, sums, *sizes, **constants)
-    if mode == "codebook":
-        site_scale_kernel[(triton.cdiv(m, 64),)](sums, top, m, k, blocks, BM=64, num_warps=2, **OPTIONS)
-    site_quantize_kernel[grid](x, z, basis, signs, top, codes, scale, *sizes, **constants)
+    site_quantize_kernel[(parts, triton.cdiv(row_tiles, tiles))](
+        x, z, basis, signs.contiguous(), scale, codes, m, k, rank, x.stride(0), block**-0.5, tiles,
+        PROJECT=rank > 0, BLOCK=block, MODE=mode, **site, **OPTIONS,
+    )  # fmt: skip
     return codes, scale, z

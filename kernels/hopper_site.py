@@ -1,0 +1,55 @@
+"""`rotate_quantize` of a common site on Hopper: x U in parts, their sum and the scales, then the codes.
+
+Each kernel but the first is launched while the one before it ends, and waits for it where it needs its results.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
+from .hopper import aligned, descriptor
+from .reference import SCALE_OF_RMS
+from .triton_common import OPTIONS
+from .triton_site import sum_project_kernel, tiles_per_program
+
+PROJECT_PROGRAMS = 396  # three on a multiprocessor
+PROJECT_STAGES = 4
+STAGES = 2
+RESIDENT = 2  # programs of the second pass on a multiprocessor
+# A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
+PARTS = {"codebook": 1, "int4": 1, "int8": 2}
+
+
+def rotate_quantize(
+    x: Tensor, basis: Tensor | None, signs: Tensor, block: int, mode: str, z: Tensor, multiprocessors: int
+) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] and scale [M]; fills z [M, r], r a multiple of 8."""
+    m, k = x.shape
+    rank = z.shape[1]
+    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = aligned(x)
+    x_desc = descriptor(x, BM.value, RANKS.value)
+    basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANKS.value, RANKS.value)
+    row_tiles, blocks = triton.cdiv(m, BM.value), k // COLUMNS.value
+    chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(PROJECT_PROGRAMS, row_tiles))) * COLUMNS.value
+    chunks = triton.cdiv(k, chunk)
+    squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
+    site_project_hopper_kernel[(row_tiles, chunks)](
+        x_desc, basis_desc, partial, squares, m, k, chunk, OVERLAP=True, STAGES=PROJECT_STAGES, num_warps=4, **OPTIONS
+    )
+    sum_project_kernel[(triton.cdiv(m, 16),)](
+        partial, squares, z, scale, m, k, rank, SCALE_OF_RMS[mode],
+        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True, **OPTIONS,
+    )  # fmt: skip
+    tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
+    z_desc = descriptor(z, BM.value, RANKS.value) if rank else x_desc
+    site_quantize_hopper_kernel[(blocks, triton.cdiv(row_tiles, tiles))](
+        x_desc, z_desc, basis_desc, signs.contiguous(), scale, codes, m, k, block**-0.5,
+        PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], OVERLAP=True, STAGES=STAGES,
+        num_warps=4, launch_pdl=True, **OPTIONS,
+    )  # fmt: skip
+    return codes, scale
