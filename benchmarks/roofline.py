@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 # Dense tensor-core peaks in 1e12 operations per second (bf16 with fp32 accumulation; int8) and memory in 1e12 bytes per
-# second, as NVIDIA publishes them: H200 data sheet (halved where it counts sparsity); "NVIDIA Ampere GA102 GPU
-# Architecture" for the RTX 3090; "NVIDIA Ada GPU Architecture" for the RTX 4090; "NVIDIA RTX Blackwell GPU Architecture"
-# for the RTX 5090.
+# second, as NVIDIA publishes them: H200 data sheet (halved where it counts sparsity); the papers "NVIDIA Ampere GA102
+# GPU Architecture" (RTX 3090), "NVIDIA Ada GPU Architecture" (4090), "NVIDIA RTX Blackwell GPU Architecture" (5090).
 PEAKS = {
     "NVIDIA H200": {"bf16": 989.5, "int8": 1979.0, "memory": 4.8},
     "RTX 3090": {"bf16": 71.0, "int8": 284.0, "memory": 0.936},

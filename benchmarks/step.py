@@ -25,6 +25,7 @@ from typing import Any
 
 import step_models
 import torch
+import torch._inductor.config
 from step_report import buckets, plot_profile, plot_times, table
 from torch import Tensor, nn
 
@@ -97,6 +98,10 @@ class Variant:
 
     def prepare(self) -> None:
         """Compile, capture, run until nothing is left to compile."""
+        with step_models.inductor(VARIANTS[self.name][0]):
+            self._prepare()
+
+    def _prepare(self) -> None:
         start = time.perf_counter()
         if self.kind != "eager":
             # One fixed size: a dynamic one would be measured instead after the first change of size.

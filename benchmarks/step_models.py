@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._inductor.config
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 
@@ -161,10 +162,26 @@ def dequantized(model: nn.Module, quantized: nn.Module) -> nn.Module:
 # --- what people would use instead --------------------------------------------------------------------------------
 
 
+# What torchao sets for the whole process when it quantizes (tuned elementwise kernels, slower to compile): for its own
+# models only, here.
+TORCHAO_INDUCTOR = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+    "triton.unique_kernel_names": True,
+}
+
+
+def inductor(name: str) -> Any:
+    """The compiler's settings that the model `name` is compiled with, as a context."""
+    return torch._inductor.config.patch(TORCHAO_INDUCTOR if name.startswith("torchao") else {})
+
+
 def _torchao(model: nn.Module, config: Any, chosen: set[str]) -> nn.Module:
     from torchao.quantization import quantize_
 
-    quantize_(model, config, filter_fn=lambda module, name: name in chosen)
+    with inductor("torchao"):  # and restored after it
+        quantize_(model, config, filter_fn=lambda module, name: name in chosen)
     return model
 
 
