@@ -34,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         else:  # a number, or a descriptor: its block and layout follow from the dtype and the constants
             base = getattr(arg, "base", None)
             decides.append(arg if base is None else base.dtype)
-    decides += constants.values()
+    decides += constants.items()
     key = tuple(decides)
     grid = (*grid, 1, 1)[:3]
     known = _variants.get(key)
