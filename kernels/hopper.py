@@ -75,7 +75,7 @@ def multiply(
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     linear_a8_hopper_kernel[(min(tiles, _multiprocessors(codes.device.index)),)](
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, **OPTIONS,
+        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, launch_pdl=True, **OPTIONS,
     )  # fmt: skip
     return out
 
@@ -91,7 +91,7 @@ def linear_a8(
     table: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    w = unpack(aligned(weight), table, codes.dtype)
+    w = unpack(aligned(weight), table, codes.dtype, overlap=True)
     if z is not None and low_rank is not None:
         z, low_rank = aligned(z), aligned(low_rank)
     bias = None if bias is None else bias.contiguous()
