@@ -38,6 +38,19 @@ else:
         return buffer.reinterpret(gl.bfloat16, [rows, RANKS], layout)
 
 
+# A kernel launched with `launch_pdl` starts when all programs of the one before it have called
+# `let_next_kernel_start` or ended; `wait_for_previous_kernel` waits until their results are in memory. Both do nothing
+# in a kernel launched otherwise.
+@gluon.jit
+def wait_for_previous_kernel():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def let_next_kernel_start():
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
+
+
 @gluon.jit
 def _tile(tile, M, N, BN: gl.constexpr):
     """First row and column of an output tile, in bands of eight row tiles: a band's operands stay in L2."""
@@ -71,6 +84,7 @@ def _load(
     z_layout: gl.constexpr = z_desc.layout
     slot = 0
     phase = 0
+    wait_for_previous_kernel()
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, col = _tile(tile, M, N, BN)
         for k in range(0, K, BK):

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_hopper import copy_in
+from .gluon_hopper import copy_in, let_next_kernel_start, wait_for_previous_kernel
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6, 3.9
 
@@ -181,18 +181,6 @@ def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
 
 
 @gluon.jit
-def _wait_for_previous_kernel(WAIT: gl.constexpr):
-    if WAIT:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def _let_next_kernel_start(START: gl.constexpr):
-    if START:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
 def _copy_x(x_desc, x_bufs, full, slot, tile, first, BYTES: gl.constexpr):
     ready = full.index(slot)
     mbarrier.expect(ready, BYTES)
@@ -203,13 +191,10 @@ def _copy_x(x_desc, x_bufs, full, slot, tile, first, BYTES: gl.constexpr):
 @gluon.jit
 def site_quantize_hopper_kernel(
     x_desc, z_desc, basis_desc, signs_ptr, scale_ptr, codes_ptr, M, K, norm,
-    PROJECT: gl.constexpr, BLOCK: gl.constexpr, MODE: gl.constexpr, PARTS: gl.constexpr, OVERLAP: gl.constexpr,
+    PROJECT: gl.constexpr, BLOCK: gl.constexpr, MODE: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """codes [M, K] int8 for scale [M] and z [M, r] bf16; G is held as PARTS bf16 parts.
-
-    OVERLAP: launched while the kernel that computes z and the scales may still run.
-    """
+    """codes [M, K] int8 for scale [M] and z [M, r] bf16; G is held as PARTS bf16 parts."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     out_layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [0, 32], [8, 0]],
@@ -258,7 +243,8 @@ def site_quantize_hopper_kernel(
         barrier()
     if tile + (STAGES - 1) * step < tiles:
         _copy_x(x_desc, x_bufs, full, STAGES - 1, tile + (STAGES - 1) * step, first, bytes)
-    _wait_for_previous_kernel(OVERLAP)
+    wait_for_previous_kernel()
+    let_next_kernel_start()
     if PROJECT:
         for slot in gl.static_range(STAGES):
             if tile + slot * step < tiles:
@@ -298,18 +284,21 @@ def site_quantize_hopper_kernel(
 
 @gluon.jit
 def site_project_hopper_kernel(
-    x_desc, basis_desc, partial_ptr, squares_ptr, M, K, chunk, OVERLAP: gl.constexpr, STAGES: gl.constexpr
+    x_desc, basis_desc, partial_ptr, squares_ptr, M, K, STAGES: gl.constexpr
 ):  # fmt: skip
-    """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over each chunk of columns."""
+    """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over every chunks-th 64 columns.
+
+    The programs of a row so read neighbouring columns at a time, as memory likes it.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    layout: gl.constexpr = x_desc.layout
-    _let_next_kernel_start(OVERLAP)
-    row = gl.program_id(0) * BM
-    first = gl.program_id(1) * chunk
-    steps = (gl.minimum(chunk, K - first)) // HALF
-    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, HALF], layout)
-    u_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HALF, RANKS], layout)
+    let_next_kernel_start()
+    row = gl.program_id(1) * BM
+    chunk = gl.program_id(0)
+    chunks = gl.num_programs(0)
+    steps = (K // HALF - chunk + chunks - 1) // chunks
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, HALF], x_desc.layout)
+    u_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HALF, RANKS], basis_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
@@ -319,8 +308,8 @@ def site_project_hopper_kernel(
         if slot < steps:
             ready = full.index(slot)
             mbarrier.expect(ready, 2 * TILE_BYTES)
-            copy_in(x_desc, [row, first + slot * HALF], ready, x_bufs.index(slot))
-            copy_in(basis_desc, [first + slot * HALF, 0], ready, u_bufs.index(slot))
+            copy_in(x_desc, [row, (chunk + slot * chunks) * HALF], ready, x_bufs.index(slot))
+            copy_in(basis_desc, [(chunk + slot * chunks) * HALF, 0], ready, u_bufs.index(slot))
     total = gl.zeros([BM, RANKS], gl.float32, mma)
     squares = gl.zeros([BM, HALF], gl.float32, operand)
     slot = 0
@@ -335,13 +324,13 @@ def site_project_hopper_kernel(
         barrier()
         if i + STAGES < steps:
             mbarrier.expect(ready, 2 * TILE_BYTES)
-            copy_in(x_desc, [row, first + (i + STAGES) * HALF], ready, x_bufs.index(slot))
-            copy_in(basis_desc, [first + (i + STAGES) * HALF, 0], ready, u_bufs.index(slot))
+            copy_in(x_desc, [row, (chunk + (i + STAGES) * chunks) * HALF], ready, x_bufs.index(slot))
+            copy_in(basis_desc, [(chunk + (i + STAGES) * chunks) * HALF, 0], ready, u_bufs.index(slot))
         slot += 1
         if slot == STAGES:
             slot = 0
             phase ^= 1
-    at = gl.program_id(1).to(gl.int64) * M
+    at = chunk.to(gl.int64) * M
     rows = row + gl.arange(0, BM, gl.SliceLayout(1, operand))
     gl.store(squares_ptr + at + rows, gl.sum(squares, 1), mask=rows < M)
     rows = row + gl.arange(0, BM, gl.SliceLayout(1, mma))

@@ -83,7 +83,7 @@ def multiply(
     launch(
         linear_a8_hopper_kernel, (min(tiles, _multiprocessors(codes.device.index)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4,
+        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
 
@@ -99,7 +99,7 @@ def linear_a8(
     table: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    w = unpack(aligned(weight), table, codes.dtype)
+    w = unpack(aligned(weight), table, codes.dtype, overlap=True)
     if z is not None and low_rank is not None:
         z, low_rank = aligned(z), aligned(low_rank)
     bias = None if bias is None else bias.contiguous()

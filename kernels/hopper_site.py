@@ -13,12 +13,19 @@ from .reference import SCALE_OF_RMS
 from .triton_common import OPTIONS
 from .triton_site import sum_project_kernel, tiles_per_program
 
-PROJECT_PROGRAMS = 396  # three on a multiprocessor
+# Found by measurement (benchmarks/site_tiles.py).
+PROJECT_PROGRAMS = 216
 PROJECT_STAGES = 4
+MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
 # A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
+
+
+def project_chunks(row_tiles: int, blocks: int) -> int:
+    """Programs of the projection that share the rows of a tile, for `blocks` of 128 columns in K."""
+    return min(blocks, max(1, PROJECT_PROGRAMS // row_tiles), MOST_CHUNKS)
 
 
 def rotate_quantize(
@@ -29,17 +36,18 @@ def rotate_quantize(
     rank = z.shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m == 1:  # a single row may have any stride
+        x = x.flatten().unsqueeze(0)
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = aligned(x)
     x_desc = descriptor(x, BM.value, RANKS.value)
     basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANKS.value, RANKS.value)
     row_tiles, blocks = triton.cdiv(m, BM.value), k // COLUMNS.value
-    chunk = triton.cdiv(blocks, min(blocks, triton.cdiv(PROJECT_PROGRAMS, row_tiles))) * COLUMNS.value
-    chunks = triton.cdiv(k, chunk)
+    chunks = project_chunks(row_tiles, blocks)
     squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
     partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
-    site_project_hopper_kernel[(row_tiles, chunks)](
-        x_desc, basis_desc, partial, squares, m, k, chunk, OVERLAP=True, STAGES=PROJECT_STAGES, num_warps=4, **OPTIONS
+    site_project_hopper_kernel[(chunks, row_tiles)](
+        x_desc, basis_desc, partial, squares, m, k, STAGES=PROJECT_STAGES, num_warps=4, **OPTIONS
     )
     sum_project_kernel[(triton.cdiv(m, 16),)](
         partial, squares, z, scale, m, k, rank, SCALE_OF_RMS[mode],
@@ -49,7 +57,7 @@ def rotate_quantize(
     z_desc = descriptor(z, BM.value, RANKS.value) if rank else x_desc
     site_quantize_hopper_kernel[(blocks, triton.cdiv(row_tiles, tiles))](
         x_desc, z_desc, basis_desc, signs.contiguous(), scale, codes, m, k, block**-0.5,
-        PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], OVERLAP=True, STAGES=STAGES,
+        PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
         num_warps=4, launch_pdl=True, **OPTIONS,
     )  # fmt: skip
     return codes, scale

@@ -44,7 +44,7 @@ def _split_dot(a, b, total, PARTS: tl.constexpr):
 @triton.jit
 def project_kernel(
     x_ptr, basis_ptr, z_ptr, energy_ptr, M, K, r, stride_x,
-    PARTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    PROJECT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """z [M, r] = bf16(x U); energy [1 + ⌈r / BR⌉, M] fp32: ‖x‖², then Σ (x U)² over BR columns of U at a time."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -55,16 +55,18 @@ def project_kernel(
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
         x = tl.load(x_row + cols[None, :], mask=rows[:, None] < M, other=0.0)
-        u = tl.load(basis_ptr + cols[:, None] * r + ranks[None, :], mask=ranks[None, :] < r, other=0.0)
         x = x.to(tl.float32)
         energy += tl.sum(x * x, 1)
-        total = _split_dot(x, u, total, PARTS)
+        if PROJECT:
+            u = tl.load(basis_ptr + cols[:, None] * r + ranks[None, :], mask=ranks[None, :] < r, other=0.0)
+            total = _split_dot(x, u, total, PARTS)
     if tl.program_id(1) == 0:
         tl.store(energy_ptr + rows, energy, mask=rows < M)
     explained_at = energy_ptr + (tl.program_id(1).to(tl.int64) + 1) * M + rows
     tl.store(explained_at, tl.sum(total * total, 1), mask=rows < M)
-    z = z_ptr + rows[:, None].to(tl.int64) * r + ranks[None, :]
-    tl.store(z, narrow(total, tl.bfloat16), mask=(rows[:, None] < M) & (ranks[None, :] < r))
+    if PROJECT:
+        z = z_ptr + rows[:, None].to(tl.int64) * r + ranks[None, :]
+        tl.store(z, narrow(total, tl.bfloat16), mask=(rows[:, None] < M) & (ranks[None, :] < r))
 
 
 @triton.jit
@@ -213,7 +215,9 @@ def project(x: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
     if m:
         grid = (triton.cdiv(m, tile["BM"]), parts)
         basis = x if basis is None else basis  # never read if absent
-        project_kernel[grid](x, basis, z, energy, m, k, rank, x.stride(0), PARTS=_PARTS[x.dtype], **tile, **OPTIONS)
+        project_kernel[grid](
+            x, basis, z, energy, m, k, rank, x.stride(0), PROJECT=rank > 0, PARTS=_PARTS[x.dtype], **tile, **OPTIONS
+        )
     return z, energy
 
 

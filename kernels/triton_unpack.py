@@ -42,11 +42,16 @@ def _four(codes, t0, t1, t2, t3):
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
-def unpack_kernel(packed_ptr, out_ptr, words, t0, t1, t2, t3, ASM: tl.constexpr, BLOCK: tl.constexpr):
-    """out, 2 words of bytes, from each of `words` 32-bit words of codes."""
+def unpack_kernel(
+    packed_ptr, out_ptr, words, t0, t1, t2, t3, ASM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """out, 2 words of bytes, from each of `words` 32-bit words of codes; OVERLAP: the kernel before may still run."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = tl.arange(0, BLOCK)
     packed = tl.load(packed_ptr + start + at, mask=start + at < words, other=0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()  # `out` may lie where that kernel still reads
     if ASM:
         low, high = tl.inline_asm_elementwise(
             _PERMUTE, "=&r,=&r,r,r,r,r,r", [packed, t0, t1, t2, t3], (tl.int32, tl.int32), True, 1
@@ -58,16 +63,20 @@ def unpack_kernel(packed_ptr, out_ptr, words, t0, t1, t2, t3, ASM: tl.constexpr,
     tl.store(out_ptr + 2 * start + out_at, out, mask=2 * start + out_at < 2 * words)
 
 
-def unpack(weight: Tensor, table: Sequence[int], dtype: torch.dtype = torch.int8) -> Tensor:
-    """Table values [N, K] of `weight` uint8 [N, K/2], K a multiple of 8, as int8 or as float8 e4m3."""
+def unpack(weight: Tensor, table: Sequence[int], dtype: torch.dtype = torch.int8, *, overlap: bool = False) -> Tensor:
+    """Table values [N, K] of `weight` uint8 [N, K/2], K a multiple of 8, as int8 or as float8 e4m3.
+
+    overlap: start while the kernel before this one ends (Hopper or newer).
+    """
     out = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=dtype, device=weight.device)
     words = weight.numel() // 4
     if dtype != torch.int8:
         table = torch.tensor(list(table), dtype=torch.float32).to(dtype).view(torch.int8).tolist()
     block = 1024
+    early = {"launch_pdl": True} if overlap else {}  # unknown to some GPUs' compilers
     asm = not INTERPRETED.value and torch.version.hip is None
     launch(
         unpack_kernel, (cdiv(words, block),), weight.view(torch.int32), out.view(torch.int32), words,
-        *table_words(table), ASM=asm, BLOCK=block, num_warps=4,
+        *table_words(table), ASM=asm, BLOCK=block, OVERLAP=overlap, num_warps=4, **early,
     )  # fmt: skip
     return out

@@ -110,10 +110,13 @@ def assert_same_quantization(case: Site, mode: str, codes: Tensor, scale: Tensor
     v = reference.residual(case.x, z, case.basis, case.signs, case.block)
     expected = reference.quantize(v, scale, mode)
     differing = int((codes != expected).sum())
-    # In int4 a step or an offset near a tie moves a group of 64 by a step of at most 17.
-    few, step = (128, 17) if mode == "int4" else (4, 1)
-    assert differing <= max(few, 1e-3 * codes.numel()), f"{differing} of {codes.numel()} codes differ"
+    # In int4 a step or an offset near a tie moves a group of 64 by a step of at most 17. A kernel for 4-bit modes may
+    # hold an operator of the rotation in bf16, which moves v by some 2⁻⁹ of z Uᵀ; the error must not grow by it.
+    few, share, step = {"int4": (128, 1e-2, 17), "codebook": (8, 2e-3, 1), "int8": (4, 1e-3, 1)}[mode]
+    assert differing <= max(few, share * codes.numel()), f"{differing} of {codes.numel()} codes differ"
     assert int(steps_apart(codes, expected, mode).max()) <= step
+    error, least = ((scale[:, None] * c - v).norm() for c in (codes, expected))
+    assert error <= 1.001 * least
 
 
 def assert_close(y: Tensor, expected: Tensor) -> None:

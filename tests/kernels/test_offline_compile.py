@@ -39,17 +39,21 @@ SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
 A8 = {**WEIGHTS, "codes_ptr": "i8", "scale_ptr": "fp32", "weight_scale_ptr": "fp32"}
 A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "bf16", "words_ptr": "i32"}
-QUANTIZE = {**SITE, "partial_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
+QUANTIZE = {**SITE, "energy_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
 LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
 ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
 MANY = triton_rotate.blocks(4608, 128)
-PASS = {**QUANTIZE, "top_ptr": "i32", "sums_ptr": "fp32"}
+PASS = {**QUANTIZE, "partial_ptr": "fp32", "squares_ptr": "fp32"}
 PROJECTED = {"PROJECT": True, "BLOCK": 128}
 
 KERNELS = {
-    "project": (triton_rotate.project_kernel, SITE, {"PARTS": 1, **triton_rotate.project_blocks(4608)}, False),
+    "project": (
+        triton_rotate.project_kernel,
+        QUANTIZE,
+        {"PROJECT": True, "PARTS": 1, **triton_rotate.project_blocks(4608)},
+        False,
+    ),
     "rotate": (triton_rotate.rotate_kernel, {**SITE, "v_ptr": "bf16"}, {**ROTATED, **MANY}, False),
-    "measure": (triton_rotate.measure_kernel, QUANTIZE, {**ROTATED, "MODE": "int8", **MANY}, False),
     "quantize codebook": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "codebook", **MANY}, False),
     "quantize int4": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "int4", **MANY}, False),
     "quantize int4, one token": (
@@ -76,13 +80,15 @@ KERNELS = {
 
 # The passes over a common site, which only NVIDIA GPUs run.
 SITE_KERNELS = {
-    "partial project": (triton_site.partial_project_kernel, PASS, triton_site.project_blocks(4608)),
-    "partial project, one token": (triton_site.partial_project_kernel, PASS, triton_site.project_blocks(1)),
-}
+    f"partial project, {m} tokens": (
+        triton_site.partial_project_kernel, PASS, {"PROJECT": True, **triton_site.project_blocks(m)}
+    )
+    for m in (1, 4608)
+}  # fmt: skip
 for _mode in ("codebook", "int4", "int8"):
-    for _name, _m in (("many tokens", 4608), ("one token", 1)):
-        for _pass in (triton_site.site_measure_kernel, triton_site.site_quantize_kernel):
-            SITE_KERNELS[f"{_pass.__name__} {_mode}, {_name}"] = (_pass, PASS, {**PROJECTED, "MODE": _mode, "m": _m})
+    for _m in (1, 4608):
+        _values = {**PROJECTED, "MODE": _mode, **triton_site.site_blocks(_m)}
+        SITE_KERNELS[f"quantize {_mode}, {_m} tokens"] = (triton_site.site_quantize_kernel, PASS, _values)
 
 
 def compile_for(target, kernel, pointers, values):
@@ -93,7 +99,7 @@ def compile_for(target, kernel, pointers, values):
             signature[name] = "constexpr"
             constants[(position,)] = values[name]
         else:
-            kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name == "norm" else "i32"
+            kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name in ("norm", "factor") else "i32"
             signature[name] = kind
             if name.endswith("_ptr") or name in ("K", "r", "stride_x"):  # as a launch finds them
                 attributes[(position,)] = [["tt.divisibility", 16]]
@@ -111,7 +117,7 @@ def compile_for(target, kernel, pointers, values):
 SPILLING = {
     **{(chip, "quantize int4, no basis"): "fp16 and int4" for chip in TARGETS},
     ("gfx1100", "quantize int4, one token"): "int4",
-    **{("gfx942", name): "a tile of 8 waves" for name in ("rotate", "measure", "quantize codebook", "quantize int4")},
+    **{("gfx942", name): "a tile of 8 waves" for name in ("rotate", "quantize codebook", "quantize int4")},
 }
 
 
@@ -154,9 +160,6 @@ def test_compiles(chip, name, tmp_path):
 def test_site_kernels_compile(chip, name, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
     kernel, pointers, values = SITE_KERNELS[name]
-    if "m" in values:
-        values = {**values, **triton_site.site_blocks(values["m"], chip == "sm_90")}
-        del values["m"]
     compiled = compile_for(target, kernel, pointers, values)
     assert re.search(FLOAT_MATRIX, compiled.asm["ptx"])
     check(compiled, target, shared_memory, tmp_path)
@@ -176,41 +179,77 @@ def test_few_tokens_compiles(chip, tokens, tmp_path):
 @pytest.mark.parametrize("chip", TARGETS)
 def test_unpack_compiles(chip, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
-    values = {"ASM": target.backend == "cuda", "BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+    values = {
+        "ASM": target.backend == "cuda",
+        "BLOCK": 1024,
+        "OVERLAP": chip == "sm_90",
+        "num_warps": 4,
+        "num_stages": 1,
+    }
     compiled = compile_for(target, triton_unpack.unpack_kernel, {"packed_ptr": "i32", "out_ptr": "i32"}, values)
     assert target.backend != "cuda" or "prmt.b32" in compiled.asm["ptx"]
     check(compiled, target, shared_memory, tmp_path)
 
 
-@pytest.mark.parametrize("columns", [128, 256])
-def test_hopper_product_compiles(columns, tmp_path):
+def compile_gluon(kernel, types, values, folder):
+    """Compiled for Hopper; `types` of arguments that are no 32-bit integers, `values` of the constants."""
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         pytest.skip("the kernel needs the Gluon of Triton 3.6")
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
+
+    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    source = GluonASTSource(kernel, signature, constants)
+    target, shared_memory, _ = TARGETS["sm_90"]
+    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, folder)
+    return compiled
+
+
+def descriptor(kind, *shape):
+    from triton.experimental.gluon import language as gl
+
+    dtype = {"i8": gl.int8, "bf16": gl.bfloat16}[kind]
+    return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_hopper_product_compiles(columns, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon import language as gl
 
     from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
 
-    def descriptor(kind, dtype, *shape):
-        return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
-
     tile = {"BN": columns, "STAGES": 4 if columns == 256 else 5, "PARTS": columns // 128}
-    values = {"TOTAL": gl.int32, "HAS_BIAS": True, **tile}
     types = {
-        "a_desc": descriptor("i8", gl.int8, 64, 128),
-        "w_desc": descriptor("i8", gl.int8, columns, 128),
-        "z_desc": descriptor("bf16", gl.bfloat16, 64, 64),
-        "l_desc": descriptor("bf16", gl.bfloat16, columns, 64),
-        "out_desc": descriptor("bf16", gl.bfloat16, 64, 128),
+        "a_desc": descriptor("i8", 64, 128),
+        "w_desc": descriptor("i8", columns, 128),
+        "z_desc": descriptor("bf16", 64, 64),
+        "l_desc": descriptor("bf16", columns, 64),
+        "out_desc": descriptor("bf16", 64, 128),
         "scale_ptr": "*fp32",
         "weight_scale_ptr": "*fp32",
         "bias_ptr": "*bf16",
     }
-    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
-    constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    source = GluonASTSource(kernel, signature, constants)
-    target, shared_memory, int8_matrix = TARGETS["sm_90"]
-    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
-    ptx = compiled.asm["ptx"]
-    assert re.search(int8_matrix, ptx) and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
-    check(compiled, target, shared_memory, tmp_path)
+    ptx = compile_gluon(kernel, types, {"TOTAL": gl.int32, "HAS_BIAS": True, **tile}, tmp_path).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx
+
+
+@pytest.mark.parametrize("mode", ["project", "codebook", "int4", "int8"])
+def test_hopper_site_compiles(mode, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from dirotq.kernels import gluon_site, hopper_site
+
+    types = {name: descriptor("bf16", 64, 64) for name in ("x_desc", "z_desc", "basis_desc")}
+    types |= {"signs_ptr": "*i8", "codes_ptr": "*i8", "norm": "fp32"}
+    types |= dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32")
+    if mode == "project":
+        compiled = compile_gluon(
+            gluon_site.site_project_hopper_kernel, types, {"STAGES": hopper_site.PROJECT_STAGES}, tmp_path
+        )
+    else:
+        values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
+        compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, types, values, tmp_path)
+        assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
