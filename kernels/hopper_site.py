@@ -4,13 +4,12 @@ Each kernel but the first is launched while the one before it ends, and waits fo
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
 from .hopper import aligned, descriptor
+from .launch import cdiv, launch
 from .reference import SCALE_OF_RMS
-from .triton_common import OPTIONS
 from .triton_site import sum_project_kernel, tiles_per_program
 
 # Found by measurement (benchmarks/site_tiles.py).
@@ -42,22 +41,25 @@ def rotate_quantize(
         x = aligned(x)
     x_desc = descriptor(x, BM.value, RANKS.value)
     basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANKS.value, RANKS.value)
-    row_tiles, blocks = triton.cdiv(m, BM.value), k // COLUMNS.value
+    row_tiles, blocks = cdiv(m, BM.value), k // COLUMNS.value
     chunks = project_chunks(row_tiles, blocks)
     squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
     partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
-    site_project_hopper_kernel[(chunks, row_tiles)](
-        x_desc, basis_desc, partial, squares, m, k, STAGES=PROJECT_STAGES, num_warps=4, **OPTIONS
-    )
-    sum_project_kernel[(triton.cdiv(m, 16),)](
+    launch(
+        site_project_hopper_kernel, (chunks, row_tiles),
+        x_desc, basis_desc, partial, squares, m, k, STAGES=PROJECT_STAGES, num_warps=4,
+    )  # fmt: skip
+    launch(
+        sum_project_kernel, (cdiv(m, 16),),
         partial, squares, z, scale, m, k, rank, SCALE_OF_RMS[mode],
-        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True, **OPTIONS,
+        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
     z_desc = descriptor(z, BM.value, RANKS.value) if rank else x_desc
-    site_quantize_hopper_kernel[(blocks, triton.cdiv(row_tiles, tiles))](
+    launch(
+        site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
         x_desc, z_desc, basis_desc, signs.contiguous(), scale, codes, m, k, block**-0.5,
         PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
-        num_warps=4, launch_pdl=True, **OPTIONS,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return codes, scale
