@@ -57,6 +57,9 @@ class InputSite(nn.Module):
     def __init__(self, plan: SitePlan, activation: str | None, memo: SiteMemo, device: torch.device | str = "meta"):
         super().__init__()
         self.plan = plan
+        # Plain numbers, equal in all blocks: torch.compile guards on what `forward` reads, and the plan holds names,
+        # which would make every block a graph of its own.
+        self.users, self.rank = len(plan.linears), plan.rank
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
         self.block = hadamard_block(plan.in_features)
@@ -81,8 +84,7 @@ class InputSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> SiteOutput:
         """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once."""
-        users = len(self.plan.linears)
-        if users == 1:
+        if self.users == 1:
             return self.compute(x)
         # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
         # count their versions; no transformer we have a recipe for changes one there.
@@ -93,7 +95,7 @@ class InputSite(nn.Module):
             self.memo.entry = (self, x, version, entry[3], left) if left else None
             return entry[3]
         out = self.compute(x)
-        self.memo.entry = (self, x, version, out, users - 1)
+        self.memo.entry = (self, x, version, out, self.users - 1)
         return out
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
@@ -101,11 +103,11 @@ class InputSite(nn.Module):
         if self.fused:
             basis, signs = self.tensor("basis"), self.tensor("signs")
             codes, scale, z = ops.rotate_quantize(x, basis, signs, self.block, self.activation)
-            return SiteOutput(codes, scale, z if self.plan.rank else None)
+            return SiteOutput(codes, scale, z if self.rank else None)
         v, z = self.transform(x)
         if self.activation is not None:
             v = fake_quantize(v, ACTIVATION_FORMATS[self.activation])
-        return SiteOutput(v, None, z if self.plan.rank else None)
+        return SiteOutput(v, None, z if self.rank else None)
 
     def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
@@ -192,7 +194,7 @@ class DiRotQLinear(nn.Linear):
             )
         else:
             out = site(x)
-            scale = self.weight_scale.float().reshape(self.out_features, -1)
+            scale = self.weight_scale.reshape(self.out_features, -1)
             y = ops.linear_a16(out.a, out.z, self.weight, scale, self.low_rank, self.bias, self.table)
         return y.reshape(*x.shape[:-1], self.out_features)
 

@@ -50,12 +50,15 @@ def rotate_quantize(
     x [M, K] bf16, fp16 or fp32, rows may be strided; basis [K, r] bf16; signs [K] int8 ±1; block: columns of
     one Hadamard block, a power of two that divides K (unused without signs); K a multiple of 64. Modes:
 
-    - ``codebook``: s = rms(v) / 36, a the nearest of ±{4, 13, 22, 32, 44, 56, 72, 96} to v / s
-    - ``int4``: s = max|v| / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
-    - ``int8``: s = max|v| / 127, a = round(v / s)
+    - ``codebook``: s = ρ / 36, a the nearest of ±{4, 13, 22, 32, 44, 56, 72, 96} to v / s
+    - ``int4``: s = 7 ρ / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
+    - ``int8``: s = 7 ρ / 127, a = round(v / s) kept in -127..127
+
+    with ρ = rms(v), taken from K ρ² = ‖x‖² − ‖x U‖², or 2⁻¹⁴ ‖x‖² if that is more: it costs no pass over v. Values
+    beyond 7 ρ saturate. The codes are for the s that is returned, whatever its error.
 
     Returns codes a [M, K] int8, scale s [M] fp32 and z [M, r] bf16. A zero row has scale 0. x must be finite,
-    and below 1e19 in the codebook mode, whose mean square is taken in fp32. Not differentiable; `linear` is.
+    and ‖x‖² within fp32. Not differentiable; `linear` is.
     Raises ValueError naming the argument and the rule it breaks.
     """
     return torch.ops.dirotq.rotate_quantize.default(x, basis, signs, block, mode)
@@ -101,8 +104,8 @@ def linear_a16(
 ) -> Tensor:
     """y [M, N] = x Ŵᵀ + z Lᵀ + b in x.dtype: 4-bit weights, 16-bit activations, fp32 accumulation.
 
-    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32; Ŵ = table[code] · scale rounded to
-    x.dtype; the rest as in `linear_a8`. Differentiable in x and z.
+    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32 or bf16; Ŵ = table[code] · scale, not
+    rounded; the rest as in `linear_a8`. Differentiable in x and z.
     """
     return torch.ops.dirotq.linear_a16.default(x, z, weight, weight_scale, low_rank, bias, list(table))
 
@@ -131,7 +134,7 @@ def linear(
 def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Ŵ [N, K] = table[code] · scale, rounded once to `dtype`.
 
-    weight [N, K/2] uint8; weight_scale fp32 [N], [N, 1] or [N, K/64]; table as in `linear_a8`.
+    weight [N, K/2] uint8; weight_scale fp32 [N], or fp32 or bf16 [N, 1] or [N, K/64]; table as in `linear_a8`.
     """
     return torch.ops.dirotq.dequantize.default(weight, weight_scale, list(table), dtype)
 

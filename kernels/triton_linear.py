@@ -5,13 +5,17 @@ the one that a matrix instruction can take from registers.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import OPTIONS, decode, low_rank_tile, narrow, table_words, tile_of
+from .launch import cdiv, launch
+from .triton_common import decode, low_rank_tile, narrow, table_words, tile_of
+
+FEWEST_TOKENS = 65  # for which weights are unpacked first
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
@@ -57,6 +61,19 @@ def blocks(m: int, k: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 3}
 
 
+def unpacks_first(m: int, n: int, rank: int, device: torch.device) -> bool:
+    """Whether `hopper.linear_a8` computes this product: Hopper, tokens enough to pay for a pass over the weights, and
+    rows whose bytes its memory accelerator can address (multiples of 16)."""
+    return m >= FEWEST_TOKENS and n % 8 == 0 and rank % 8 == 0 and _has_hopper_kernel(device.type, device.index)
+
+
+@cache
+def _has_hopper_kernel(kind: str, index: int | None) -> bool:
+    if kind != "cuda" or torch.version.hip or torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def linear_a8(
     codes: Tensor,
     scale: Tensor,
@@ -73,8 +90,13 @@ def linear_a8(
     out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if not out.numel():
         return out
+    if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
+        from . import hopper
+
+        with torch.cuda.device_of(codes):
+            return hopper.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out)
     tile = blocks(m, k)
-    grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
+    grid = (cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),)
     codes, scale, weight_scale = codes.contiguous(), scale.contiguous(), weight_scale.contiguous()
     rank = 0 if z is None or low_rank is None else z.shape[1]
     # Absent tensors are never read; any pointer stands in for them.
@@ -82,9 +104,9 @@ def linear_a8(
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
     with torch.cuda.device_of(codes):
-        linear_a8_kernel[grid](
+        launch(
+            linear_a8_kernel, grid,
             codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
-            m, n, k, rank, *table_words(table),
-            HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile, **OPTIONS,
+            m, n, k, rank, *table_words(table), HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile,
         )  # fmt: skip
     return out

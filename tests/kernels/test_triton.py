@@ -123,6 +123,34 @@ def test_linear_a8(m, k, n, device, dtype):
         cases.assert_close(single, by_reference(kernels.linear_a8, codes, scale, z, *rest, torch.float32))
 
 
+@pytest.mark.parametrize(("n", "k", "device"), on([(1, 64), (33, 192)], [(1, 64), (1153, 1152), (9216, 3072)]))
+def test_unpack(n, k, device):
+    from dirotq.kernels.triton_unpack import unpack
+
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    for table in (kernels.CODEBOOK16, kernels.INT4, tuple(range(-127, 113, 15))):
+        assert torch.equal(unpack(packed.to(device), table).cpu(), kernels.decode(packed, table))
+    e4m3 = unpack(packed.to(device), kernels.CODEBOOK16, torch.float8_e4m3fn)
+    assert torch.equal(e4m3.cpu().float(), kernels.decode(packed, kernels.CODEBOOK16).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 64, 128])
+@pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (4608, 15360, 3072)])
+def test_strategies_agree(m, k, n, rank, monkeypatch):
+    from dirotq.kernels import triton_linear
+
+    codes, scale = cases.lattice(m, k, "cuda")
+    w = cases.weights(n, k, rank, device="cuda")
+    z = torch.randn(m, rank, device="cuda").bfloat16() if rank else None
+    arguments = (codes, scale, z, w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16)
+    if not triton_linear.unpacks_first(m, n, rank, codes.device):
+        pytest.skip("this GPU has one strategy")
+    y = kernels.linear_a8(*arguments)
+    monkeypatch.setattr(triton_linear, "unpacks_first", lambda *_: False)
+    cases.assert_close(y, kernels.linear_a8(*arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
