@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -62,6 +62,7 @@ class InputSite(nn.Module):
         self.users, self.rank = len(plan.linears), plan.rank
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
+        self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
         self.block = hadamard_block(plan.in_features)
         for name, parameter in _empty(plan.site_spec(), device).items():
             self.register_parameter(name, parameter)
@@ -84,18 +85,46 @@ class InputSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> SiteOutput:
         """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once."""
+        return self._once(x, False)
+
+    def products(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """y [M, N] of each member for x [..., K], as one product; the same tensor object is computed once."""
+        return self._once(x, True)
+
+    def stacks(self, x: torch.Tensor) -> bool:
+        """Whether `products` can read every member now: none is elsewhere, or brought in by a hook of its own."""
+        return len(self.members) == self.users > 1 and all(
+            m.weight.device == x.device
+            and not hasattr(m, "_hf_hook")
+            and not hasattr(m, "_diffusers_hook")
+            and (m.bias is None) == (self.members[0].bias is None)
+            for m in self.members
+        )
+
+    def _multiply(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.compute(x)
+        y = ops.linear_a8_siblings(
+            out.a, out.scale, out.z,
+            [m.weight for m in self.members], [m.weight_scale for m in self.members],
+            [m.low_rank for m in self.members if m.low_rank is not None],
+            [m.bias for m in self.members if m.bias is not None],
+            self.members[0].table, x.dtype,
+        )  # fmt: skip
+        return y.split([m.out_features for m in self.members], 1)
+
+    def _once(self, x: torch.Tensor, stacked: bool) -> Any:
+        compute = self._multiply if stacked else self.compute
         if self.users == 1:
-            return self.compute(x)
+            return compute(x)
         # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
         # count their versions; no transformer we have a recipe for changes one there.
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         entry = self.memo.entry
-        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == version:
-            left = entry[4] - 1
-            self.memo.entry = (self, x, version, entry[3], left) if left else None
-            return entry[3]
-        out = self.compute(x)
-        self.memo.entry = (self, x, version, out, self.users - 1)
+        if entry is not None and entry[0] is self and entry[1] is x and entry[2:4] == (version, stacked):
+            out, left = entry[4], entry[5] - 1
+        else:
+            out, left = compute(x), self.users - 1
+        self.memo.entry = (self, x, version, stacked, out, left) if left else None
         return out
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
@@ -154,6 +183,8 @@ class DiRotQLinear(nn.Linear):
             self.input_site = site
         else:
             self._shared_site: list[InputSite] = [site]
+        self.index = index
+        site.members.append(self)
 
     @property
     def site(self) -> InputSite:
@@ -179,6 +210,8 @@ class DiRotQLinear(nn.Linear):
                 x.reshape(-1, self.in_features), site.tensor("basis"), site.tensor("signs"), site.block,
                 site.activation, self.weight, self.weight_scale, self.low_rank, self.bias, self.table,
             )  # fmt: skip
+        elif site.fused and site.stacks(x):
+            y = site.products(x)[self.index]
         elif site.fused:
             out = site(x)
             y = ops.linear_a8(

@@ -22,6 +22,7 @@ _TRITON_MODULE = {
     "rotate": "triton_rotate",
     "rotate_quantize": "triton_rotate",
     "linear_a8": "triton_linear",
+    "linear_a8_siblings": "triton_linear",
     "linear_a16": "triton_w4a16",
 }
 _LARGEST_TRITON_BLOCK = 128

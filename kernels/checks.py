@@ -124,6 +124,27 @@ def linear_a8(
     _device("codes", codes, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
 
 
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> None:
+    if not weights:
+        raise ValueError("weights is empty; at least one is needed")
+    for name, own in (("weight_scales", weight_scales), ("low_ranks", low_ranks), ("biases", biases)):
+        if len(own) != len(weights) and (own or name == "weight_scales"):
+            raise ValueError(f"{name} has {len(own)} tensors for {len(weights)} weights")
+    for i, weight in enumerate(weights):
+        low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
+        linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype)
+
+
 def linear_a16(
     x: Tensor,
     z: Tensor | None,

@@ -92,15 +92,25 @@ def linear_a8(
     codes: Tensor,
     scale: Tensor,
     z: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    low_rank: Tensor | None,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
     table: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    w = unpack(aligned(weight), table, codes.dtype, overlap=True)
-    if z is not None and low_rank is not None:
-        z, low_rank = aligned(z), aligned(low_rank)
-    bias = None if bias is None else bias.contiguous()
-    return multiply(aligned(codes), scale.contiguous(), z, w, weight_scale.contiguous(), low_rank, bias, out)
+    """`linear_a8_siblings` into `out`. Weights are unpacked anyway, so siblings meet in one matrix at no cost."""
+    low_rank = _stacked(low_ranks) if z is not None and low_ranks else None
+    bias, weight_scale = _stacked(biases) if biases else None, _stacked(weight_scales)
+    w = torch.empty((out.shape[1], codes.shape[1]), dtype=codes.dtype, device=codes.device)
+    start = 0
+    for weight in weights:  # last, right before the product: each waits for the kernel before it
+        end = start + weight.shape[0]
+        unpack(aligned(weight), table, codes.dtype, overlap=True, out=w[start:end])
+        start = end
+    z = None if z is None else aligned(z)
+    return multiply(aligned(codes), scale.contiguous(), z, w, weight_scale, low_rank, bias, out)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return aligned(tensors[0]) if len(tensors) == 1 else torch.cat(list(tensors))

@@ -25,7 +25,7 @@ from .backend import implementation
 from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 1
+API_VERSION = 2
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -34,6 +34,8 @@ SCHEMAS = {
     "rotate": "(Tensor x, Tensor? basis, Tensor? signs, int block) -> (Tensor v, Tensor z)",
     "linear_a8": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype) -> Tensor",
+    "linear_a8_siblings": "(Tensor codes, Tensor scale, Tensor? z, Tensor[] weights, Tensor[] weight_scales,"
+    " Tensor[] low_ranks, Tensor[] biases, int[] table, ScalarType out_dtype) -> Tensor",
     "linear_a16": "(Tensor x, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
     "linear": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode, Tensor weight,"
@@ -90,6 +92,26 @@ def linear_a8(
     """
     return torch.ops.dirotq.linear_a8.default(
         codes, scale, z, weight, weight_scale, low_rank, bias, list(table), out_dtype
+    )
+
+
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The outputs of `linear_a8` for several linears of one input, side by side: y [M, ΣN], as one product.
+
+    low_ranks and biases: one for each of `weights`, or none at all.
+    """
+    return torch.ops.dirotq.linear_a8_siblings.default(
+        codes, scale, z, list(weights), list(weight_scales), list(low_ranks), list(biases), list(table), out_dtype
     )
 
 
@@ -158,6 +180,11 @@ def _linear_a8(*args):
     return implementation("linear_a8", args[0].device)(*args)
 
 
+def _linear_a8_siblings(*args):
+    checks.linear_a8_siblings(*args)
+    return implementation("linear_a8_siblings", args[0].device)(*args)
+
+
 def _linear_a16(*args):
     checks.linear_a16(*args)
     return implementation("linear_a16", args[0].device)(*args)
@@ -205,6 +232,11 @@ def _fake_rotate(x, basis, signs, block):
 def _fake_linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype):
     checks.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype)
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype):
+    checks.linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype)
+    return codes.new_empty((codes.shape[0], sum(w.shape[0] for w in weights)), dtype=out_dtype)
 
 
 def _fake_linear_a16(x, z, weight, weight_scale, low_rank, bias, table):
@@ -289,6 +321,7 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "rotate_quantize": (_rotate_quantize, _fake_rotate_quantize, None),
     "rotate": (_rotate, _fake_rotate, (_setup_rotate, _backward_rotate)),
     "linear_a8": (_linear_a8, _fake_linear_a8, None),
+    "linear_a8_siblings": (_linear_a8_siblings, _fake_linear_a8_siblings, None),
     "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
     "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),

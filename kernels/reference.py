@@ -118,6 +118,24 @@ def linear_a8(
     return _finish(y, z, low_rank, bias).to(out_dtype)
 
 
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    parts = []
+    for i, weight in enumerate(weights):
+        low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
+        parts.append(linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype))
+    return torch.cat(parts, 1)
+
+
 def linear_a16(
     x: Tensor,
     z: Tensor | None,

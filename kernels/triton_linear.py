@@ -21,7 +21,7 @@ FEWEST_TOKENS = 65  # for which weights are unpacked first
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
 def linear_a8_kernel(
     codes_ptr, scale_ptr, z_ptr, weight_ptr, weight_scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
-    M, N, K, r, t0, t1, t2, t3,
+    M, N, K, r, stride_out, t0, t1, t2, t3,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def linear_a8_kernel(
         y += low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM, BN, BR)
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
-    out_at = out_ptr + rows[None, :].to(tl.int64) * N + cols[:, None]
+    out_at = out_ptr + rows[None, :].to(tl.int64) * stride_out + cols[:, None]
     tl.store(out_at, narrow(y, out_ptr.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))
 
 
@@ -85,16 +85,47 @@ def linear_a8(
     table: Sequence[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    m, k = codes.shape
-    n = weight.shape[0]
+    low_ranks = [] if low_rank is None else [low_rank]
+    biases = [] if bias is None else [bias]
+    return linear_a8_siblings(codes, scale, z, [weight], [weight_scale], low_ranks, biases, table, out_dtype)
+
+
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    m, n = codes.shape[0], sum(w.shape[0] for w in weights)
     out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if not out.numel():
         return out
-    if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
-        from . import hopper
+    with torch.cuda.device_of(codes):
+        if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
+            from . import hopper
 
-        with torch.cuda.device_of(codes):
-            return hopper.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out)
+            return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
+        start = 0
+        for i, weight in enumerate(weights):
+            end = start + weight.shape[0]
+            low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
+            _multiply(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out[:, start:end])
+            start = end
+    return out
+
+
+def _multiply(
+    codes: Tensor, scale: Tensor, z: Tensor | None, weight: Tensor, weight_scale: Tensor,
+    low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int], out: Tensor,
+) -> None:  # fmt: skip
+    """One product into `out`, whose rows may be strided."""
+    m, k = codes.shape
+    n = weight.shape[0]
     tile = blocks(m, k)
     grid = (cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),)
     codes, scale, weight_scale = codes.contiguous(), scale.contiguous(), weight_scale.contiguous()
@@ -103,10 +134,8 @@ def linear_a8(
     z_or_any = weight_scale if z is None else z.contiguous()
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
-    with torch.cuda.device_of(codes):
-        launch(
-            linear_a8_kernel, grid,
-            codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
-            m, n, k, rank, *table_words(table), HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile,
-        )  # fmt: skip
-    return out
+    launch(
+        linear_a8_kernel, grid,
+        codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
+        m, n, k, rank, out.stride(0), *table_words(table), HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile,
+    )  # fmt: skip

@@ -63,12 +63,16 @@ def unpack_kernel(
     tl.store(out_ptr + 2 * start + out_at, out, mask=2 * start + out_at < 2 * words)
 
 
-def unpack(weight: Tensor, table: Sequence[int], dtype: torch.dtype = torch.int8, *, overlap: bool = False) -> Tensor:
+def unpack(
+    weight: Tensor, table: Sequence[int], dtype: torch.dtype = torch.int8, *, overlap: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Table values [N, K] of `weight` uint8 [N, K/2], K a multiple of 8, as int8 or as float8 e4m3.
 
-    overlap: start while the kernel before this one ends (Hopper or newer).
+    overlap: start while the kernel before this one ends (Hopper or newer). out: contiguous rows to write to.
     """
-    out = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=dtype, device=weight.device)
+    if out is None:
+        out = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=dtype, device=weight.device)
     words = weight.numel() // 4
     if dtype != torch.int8:
         table = torch.tensor(list(table), dtype=torch.float32).to(dtype).view(torch.int8).tolist()

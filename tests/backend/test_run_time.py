@@ -125,15 +125,15 @@ PIXART = {
 
 
 @pytest.mark.parametrize(
-    ("cls", "shape", "sites_and_linears"),
+    ("cls", "shape", "sites_and_products"),
     [
-        (FluxTransformer2DModel, FLUX, {(8, 12), (2, 5)}),  # double blocks, single blocks
-        (PixArtTransformer2DModel, PIXART, {(6, 8)}),
+        (FluxTransformer2DModel, FLUX, {(8, 8), (2, 2)}),  # double blocks, single blocks
+        (PixArtTransformer2DModel, PIXART, {(6, 6)}),
     ],
 )
-def test_blocks_share_compiled_graphs(cls, shape, sites_and_linears, helpers, tmp_path):
+def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, tmp_path):
     """As many graphs as without us, one for a kind of block and a layout of its inputs, however many blocks; and in
-    each of them siblings share one rotation."""
+    each of them siblings share one rotation and one product."""
     torch.manual_seed(0)
     dense = cls(**shape).to(torch.bfloat16)
     dense.save_pretrained(tmp_path)
@@ -142,8 +142,9 @@ def test_blocks_share_compiled_graphs(cls, shape, sites_and_linears, helpers, tm
     # diffusers names no repeated blocks in PixArt's class; a quantized model does, and leaves the class alone.
     graphs, output = block_graphs(model, helpers.inputs(model))
     assert torch.equal(output, expected)
-    counts = {(g["dirotq.rotate_quantize.default"], g["dirotq.linear_a8.default"]) for g in graphs}
-    assert counts == sites_and_linears
+    products = ("dirotq.linear_a8.default", "dirotq.linear_a8_siblings.default")
+    counts = {(g["dirotq.rotate_quantize.default"], sum(g.get(p, 0) for p in products)) for g in graphs}
+    assert counts == sites_and_products
     dense._repeated_blocks = model._repeated_blocks
     assert len(graphs) == len(block_graphs(dense, helpers.inputs(dense))[0]) < 4
     assert cls is FluxTransformer2DModel or not getattr(cls, "_repeated_blocks", None)

@@ -46,8 +46,37 @@ def test_sharing_changes_no_result(quantized, run):
     model, _ = quantized("flux")
     shared = run(model)
     for linear in quantized_linears(model).values():
+        linear.site.stacks = lambda x: False
         linear.site.forward = linear.site.compute
     assert torch.equal(run(model), shared)
+
+
+def test_siblings_are_one_product(siblings, monkeypatch):
+    x = torch.randn(3, 64)
+    apart = [separately(m, x) for m in siblings]
+    made, original = [], ops.linear_a8_siblings
+    monkeypatch.setattr(ops, "linear_a8_siblings", lambda *a: made.append(len(a[3])) or original(*a))
+    assert all(torch.equal(m(x), y) for m, y in zip(siblings, apart, strict=True))
+    assert made == [3]
+
+
+def separately(linear, x):
+    linear.site.stacks, kept = (lambda x: False), linear.site.stacks
+    try:
+        return linear(x)
+    finally:
+        linear.site.stacks = kept
+        linear.site.memo.entry = None
+
+
+@pytest.mark.parametrize("hook", ["_hf_hook", "_diffusers_hook"])
+def test_a_sibling_with_a_hook_of_its_own_is_multiplied_alone(siblings, monkeypatch, hook):
+    """Offloading brings its weights in when it is called, not before."""
+    x = torch.randn(3, 64)
+    expected = [m(x) for m in siblings]
+    setattr(siblings[1], hook, object())
+    monkeypatch.setattr(ops, "linear_a8_siblings", None)
+    assert all(torch.equal(m(x), y) for m, y in zip(siblings, expected, strict=True))
 
 
 def test_the_memo_is_released_after_the_last_sibling(siblings, calls):

@@ -88,7 +88,13 @@ def test_rotate_quantize_variants(m, k, rank, block, signs, dtype, device, mode)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("m", "k", "rank", "device"), on([(7, 192, 3), (65, 128, 0)], [(7, 192, 3), (4608, 3072, 64)]))
+@pytest.mark.parametrize(
+    ("m", "k", "rank", "device"),
+    on(
+        [(7, 192, 3), (65, 128, 0)],
+        [(7, 192, 3), (1, 64, 0), *((m, k, 64) for k in (1152, 3072, 15360) for m in cases.TOKENS)],
+    ),
+)
 def test_rotate(m, k, rank, dtype, device):
     case = cases.site(m, k, rank, block=block_of(k), dtype=dtype, device=device)
     v, z = kernels.rotate(*case.arguments)
@@ -121,6 +127,25 @@ def test_linear_a8(m, k, n, device, dtype):
         cases.assert_close(y, by_reference(kernels.linear_a8, codes, scale, z, *rest, dtype))
         single = kernels.linear_a8(codes, scale, z, *rest, torch.float32)
         cases.assert_close(single, by_reference(kernels.linear_a8, codes, scale, z, *rest, torch.float32))
+
+
+@pytest.mark.parametrize("rank", [0, 33, 64])
+@pytest.mark.parametrize(
+    ("m", "k", "ns", "device"),
+    on(
+        [(5, 128, (33, 64, 1))], [(m, 3072, (3072, 3072, 3072, 12288)) for m in cases.TOKENS] + [(77, 192, (33, 7, 64))]
+    ),
+)
+def test_siblings_are_their_linears_side_by_side(m, k, ns, device, rank):
+    codes, scale = cases.lattice(m, k, device)
+    own = [cases.weights(n, k, rank, device=device, seed=i) for i, n in enumerate(ns)]
+    z = torch.randn(m, rank, generator=torch.Generator().manual_seed(4)).bfloat16().to(device) if rank else None
+    low_ranks = [w.low_rank for w in own] if rank else []
+    columns = [w.weight for w in own], [w.row_scale / 100 for w in own], low_ranks, [w.bias for w in own]
+    y = kernels.linear_a8_siblings(codes, scale, z, *columns, kernels.CODEBOOK16, torch.bfloat16)
+    for part, w in zip(y.split(ns, 1), own, strict=True):
+        rest = (w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16)
+        cases.assert_close(part, by_reference(kernels.linear_a8, codes, scale, z, *rest))
 
 
 @pytest.mark.parametrize(("n", "k", "device"), on([(1, 64), (33, 192)], [(1, 64), (1153, 1152), (9216, 3072)]))
@@ -157,7 +182,8 @@ def test_strategies_agree(m, k, n, rank, monkeypatch):
     ("m", "k", "n", "device"),
     on(
         SMALL,
-        [(m, k, n) for k, n in (*cases.PIXART, (3072, 9216), (192, 33), (1152, 1153)) for m in (1, 2, 16, 17, 512)],
+        [(m, k, n) for k, n in (*cases.PIXART, (3072, 9216), (192, 33), (1152, 1153)) for m in (1, 2, 7, 16, 17, 512)]
+        + [(m, 3072, 18432) for m in cases.TOKENS],
     ),
 )
 def test_linear_a16(m, k, n, device, grouped, dtype):
