@@ -40,14 +40,13 @@ A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "fp32"}
 QUANTIZE = {**SITE, "energy_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
 LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
 ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
+PROJECT = {"PROJECT": True, "PARTS": 1, **triton_rotate.project_blocks(4608)}
 MANY = triton_rotate.blocks(4608, 128)
 PASS = {**QUANTIZE, "partial_ptr": "fp32", "squares_ptr": "fp32"}
 PROJECTED = {"PROJECT": True, "BLOCK": 128}
 
 KERNELS = {
-    "project": (
-        triton_rotate.project_kernel, QUANTIZE, {"PROJECT": True, "PARTS": 1, **triton_rotate.project_blocks(4608)}, False
-    ),
+    "project": (triton_rotate.project_kernel, QUANTIZE, PROJECT, False),
     "rotate": (triton_rotate.rotate_kernel, {**SITE, "v_ptr": "bf16"}, {**ROTATED, **MANY}, False),
     "quantize codebook": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "codebook", **MANY}, False),
     "quantize int4": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "int4", **MANY}, False),
