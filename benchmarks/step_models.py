@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from dirotq.dirotq_core.backend import attach_quantizer
-from dirotq.dirotq_core.build import install_site
+from dirotq.dirotq_core.build import solved_modules, swapped
 from dirotq.dirotq_core.codebooks import WeightFormat
 from dirotq.dirotq_core.config import DiRotQConfig
 from dirotq.dirotq_core.layout import SitePlan, linear_at, plan_sites
@@ -107,7 +107,8 @@ def dirotq(model: nn.Module, config: DiRotQConfig) -> nn.Module:
     memo = SiteMemo()
     for plan in plan_sites(model, config):
         weights = [linear_at(model, n).weight for n in plan.linears]
-        install_site(model, plan, _random_site(plan, weights), config, memo)
+        with swapped(model, solved_modules(model, plan, _random_site(plan, weights), config, memo)):
+            pass
     attach_quantizer(model, config, torch.bfloat16)
     return model.eval()
 
