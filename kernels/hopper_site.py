@@ -9,7 +9,7 @@ from torch import Tensor
 from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
 from .hopper import aligned, descriptor
 from .launch import cdiv, launch
-from .reference import SCALE_OF_RMS
+from .reference import scale_of_rms
 from .triton_site import sum_project_kernel, tiles_per_program
 
 # Found by measurement (benchmarks/site_tiles.py).
@@ -51,7 +51,7 @@ def rotate_quantize(
     )  # fmt: skip
     launch(
         sum_project_kernel, (cdiv(m, 16),),
-        partial, squares, z, scale, m, k, rank, SCALE_OF_RMS[mode],
+        partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
         CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)

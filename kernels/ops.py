@@ -53,11 +53,11 @@ def rotate_quantize(
     one Hadamard block, a power of two that divides K (unused without signs); K a multiple of 64. Modes:
 
     - ``codebook``: s = ρ / 36, a the nearest of ±{4, 13, 22, 32, 44, 56, 72, 96} to v / s
-    - ``int4``: s = 7 ρ / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
-    - ``int8``: s = 7 ρ / 127, a = round(v / s) kept in -127..127
+    - ``int4``: s = C ρ / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
+    - ``int8``: s = C ρ / 127, a = round(v / s) kept in -127..127
 
     with ρ = rms(v), taken from K ρ² = ‖x‖² − ‖x U‖², or 2⁻¹⁴ ‖x‖² if that is more: it costs no pass over v. Values
-    beyond 7 ρ saturate. The codes are for the s that is returned, whatever its error.
+    beyond C ρ saturate, C = max(7, √(K / 128)). The codes are for the s that is returned, whatever its error.
 
     Returns codes a [M, K] int8, scale s [M] fp32 and z [M, r] bf16. A zero row has scale 0. x must be finite,
     and ‖x‖² within fp32. Not differentiable; `linear` is.

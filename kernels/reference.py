@@ -13,8 +13,11 @@ from .lattice import CODEBOOK_RMS, GROUP, MAGNITUDE_STEPS, MAGNITUDES, MIDPOINTS
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-# Scale per rms of v. Past 7 rms the 8-bit lattice saturates.
-SCALE_OF_RMS = {"codebook": 1 / CODEBOOK_RMS, "int4": 7 / 127, "int8": 7 / 127}
+def scale_of_rms(mode: str, k: int) -> float:
+    """Scale per rms of v. The 8-bit lattice saturates past 7 rms, or past what a single spike becomes when the Hadamard
+    matrix spreads it over 128 of the K columns, if that is more."""
+    return 1 / CODEBOOK_RMS if mode == "codebook" else max(7.0, (k / 128) ** 0.5) / 127
+
 
 # The residual's share of a row's energy below which the difference of the two energies is not trusted.
 SMALLEST_SHARE = 2.0**-14
@@ -67,7 +70,7 @@ def row_scale(x: Tensor, basis: Tensor | None, mode: str) -> Tensor:
     if basis is not None:
         explained = (x @ basis.to(x.dtype)).square().sum(1)
         residual_energy = torch.maximum(energy - explained, energy * SMALLEST_SHARE)
-    scale = (residual_energy / x.shape[1]).sqrt() * SCALE_OF_RMS[mode]
+    scale = (residual_energy / x.shape[1]).sqrt() * scale_of_rms(mode, x.shape[1])
     return torch.where(scale >= SMALLEST_SCALE, scale, 0)
 
 

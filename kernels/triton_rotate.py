@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import SCALE_OF_RMS, SMALLEST_SHARE
+from .reference import SMALLEST_SHARE, scale_of_rms
 from .triton_common import OPTIONS, dot, narrow
 
 # bf16 parts that hold an operand: exactly in the dtypes of x, to fp32's precision in the Hadamard product.
@@ -249,8 +249,8 @@ def rotate_quantize(
         scale = torch.empty(m, dtype=torch.float32, device=x.device)
         if m:
             quantize_kernel[site.grid](
-                *site.inputs, site.energy, codes, scale, *site.sizes, len(site.energy) - 1, SCALE_OF_RMS[mode],
-                MODE=mode, **site.constants,
+                *site.inputs, site.energy, codes, scale, *site.sizes, len(site.energy) - 1,
+                scale_of_rms(mode, x.shape[1]), MODE=mode, **site.constants,
             )  # fmt: skip
         return codes, scale, site.z
 

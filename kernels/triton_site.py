@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import SCALE_OF_RMS
+from .reference import scale_of_rms
 from .triton_common import OPTIONS, dot, narrow
 from .triton_rotate import _codebook, _int8, scale_of
 
@@ -243,7 +243,7 @@ def rotate_quantize(
         x, basis, partial, squares, m, k, rank, x.stride(0), chunk, PROJECT=rank > 0, **tile, **OPTIONS
     )
     sum_project_kernel[(triton.cdiv(m, 16),)](
-        partial, squares, z, scale, m, k, rank, SCALE_OF_RMS[mode],
+        partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
         CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=False, BM=16, num_warps=4, **OPTIONS,
     )  # fmt: skip
     row_tiles, parts = triton.cdiv(m, site["BM"]), k // site["OUT"]

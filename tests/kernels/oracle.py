@@ -35,7 +35,8 @@ def _divide(v, scale):
     return np.divide(v, scale[:, None], out=np.zeros_like(v), where=scale[:, None] > 0)
 
 
-SCALE_OF_RMS = {"codebook": 1 / 36, "int4": 7 / 127, "int8": 7 / 127}
+def factor(mode, k):
+    return 1 / 36 if mode == "codebook" else max(7, math.sqrt(k / 128)) / 127
 
 
 def row_scale(x, basis, mode):
@@ -43,7 +44,7 @@ def row_scale(x, basis, mode):
     energy = np.sum(x**2, axis=1)
     if basis is not None:
         energy = np.maximum(energy - np.sum((x @ basis) ** 2, axis=1), energy * 2.0**-14)
-    return SCALE_OF_RMS[mode] * np.sqrt(energy / x.shape[1])
+    return factor(mode, x.shape[1]) * np.sqrt(energy / x.shape[1])
 
 
 def codebook(v, scale):

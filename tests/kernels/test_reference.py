@@ -28,7 +28,7 @@ def check_quantization(case, mode):
         product = x @ basis
         size = np.linalg.norm(x, axis=1, keepdims=True)
         assert (np.abs(f64(z) - oracle.bf16(product)) <= 2**-7 * np.abs(product) + 1e-6 * size).all()
-        assert (f64(z) == oracle.bf16(product)).mean() > 0.99
+        assert (f64(z) != oracle.bf16(product)).sum() <= max(2, 0.01 * z.numel())
     v = oracle.rotate(x, f64(z), basis, f64(case.signs), case.block)
     np.testing.assert_allclose(f64(scale), oracle.row_scale(x, basis, mode), rtol=1e-5)
     expected, margin = oracle.PROLOGUES[mode](v, f64(scale))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dirotq import kernels
+from dirotq.kernels import reference
 
 from . import cases
 
@@ -98,10 +99,12 @@ def test_rotate_quantize_variants(m, k, rank, block, signs, dtype, device, mode)
 def test_rotate(m, k, rank, dtype, device):
     case = cases.site(m, k, rank, block=block_of(k), dtype=dtype, device=device)
     v, z = kernels.rotate(*case.arguments)
-    expected, expected_z = by_reference(kernels.rotate, *case.arguments)
-    same_z = (z == expected_z).all(1)
-    assert same_z.float().mean() > 0.5 and v.dtype == dtype
-    cases.assert_close(v[same_z], expected[same_z])
+    # z may round the other way, more often the more columns it sums; v is judged for the z that was returned.
+    size = case.x.float().norm(dim=1, keepdim=True)
+    expected_z = reference.project(case.x, case.basis).float()
+    assert ((z.float() - expected_z).abs() <= 2**-7 * expected_z.abs() + 1e-5 * size).all()
+    expected = reference.residual(case.x, z, case.basis, case.signs, case.block)
+    cases.assert_close(v, expected.to(dtype))
 
 
 @pytest.mark.parametrize(("m", "k", "n", "device"), shapes())

@@ -155,15 +155,20 @@ def activation_codebook(v, rms):
     return s * CODEBOOK[codes], margin
 
 
+def saturation(v):
+    """The largest |v| / rms in range: 7, or that of a single spike spread over 128 columns."""
+    return max(7, np.sqrt(v.shape[1] / 128))
+
+
 def activation_int8(v, rms):
-    s = 7 * rms / 127
+    s = saturation(v) * rms / 127
     units = safe_divide(v, s + 0 * v)
     return s * np.clip(np.round(units), -127, 127), tie_distance(units)
 
 
 def activation_int4(v, rms):
     """Per 64 columns the integers m in 1..17 and o nearest to the group's span: a = m q + o, q in 0..15."""
-    s = 7 * rms[:, :, None] / 127
+    s = saturation(v) * rms[:, :, None] / 127
     groups = v.reshape(len(v), -1, GROUP)
     units = safe_divide(groups, s + 0 * groups)
     low, high = np.maximum(units.min(2, keepdims=True), -128), np.minimum(units.max(2, keepdims=True), 127)
