@@ -18,6 +18,7 @@ HALF, COLUMNS, RANK = BM.value // 2, BK.value, RANKS.value
 
 _GLUON = {
     torch.int8: gl.int8,
+    torch.int16: gl.int16,
     torch.float8_e4m3fn: gl.float8e4nv,
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,

@@ -1,0 +1,247 @@
+"""Gluon kernel for Hopper: an 8-bit product that expands 4-bit weights on their way into the tensor cores.
+
+The tile is computed transposed, Ĉ = Ŵ Aᵀ: the left operand of the matrix instruction may come from registers, and there
+the weights go straight from their codes, through shared memory but not back to it. One warp loads tiles with the tensor
+memory accelerator; two warpgroups multiply, each half of the weight rows of a tile, so that one multiplies while the
+other expands. A slice of z and of L goes through the same ring of buffers: the low-rank branch is one more step.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_hopper import _before, _next, copy_in, copy_out, wait_for_previous_kernel
+
+BN = gl.constexpr(128)  # weight rows of a tile
+BK = gl.constexpr(128)
+RANKS = gl.constexpr(32)  # bf16 columns of z and L in a buffer of BK / 2 bytes
+BAND = gl.constexpr(8)
+
+# Four codes in the low half of a word to four table bytes. A byte permute looks up bits 0-2 of a selector's digit; where
+# bit 3 is set it returns the sign of what it found, repeated. So one lookup by bits 0-2 finds the value of a code of 8
+# to 15, and one by all four bits a correction for a code below 8, zero for the others (`table_words`).
+_EXPAND = gl.constexpr("""
+{
+.reg .b32 c, high, less;
+and.b32 c, $1, 0x7777;
+prmt.b32 high, $4, $5, c;
+prmt.b32 less, $2, $3, $1;
+mad.lo.s32 $0, less, -2, high;
+}
+""")
+
+
+if hasattr(gl.shared_memory_descriptor, "_reinterpret"):
+
+    @gluon.jit
+    def _as_bf16(buffer, rows: gl.constexpr, layout: gl.constexpr):
+        return buffer._reinterpret(gl.bfloat16, [rows, RANKS], layout)
+
+else:
+
+    @gluon.jit
+    def _as_bf16(buffer, rows: gl.constexpr, layout: gl.constexpr):
+        return buffer.reinterpret(gl.bfloat16, [rows, RANKS], layout)
+
+
+@gluon.jit
+def _tile(tile, M, N, BM: gl.constexpr):
+    """First row and column of an output tile, in bands of row tiles: a band's operands stay in L2."""
+    row_tiles = (M + BM - 1) // BM
+    col_tiles = (N + BN - 1) // BN
+    per_band = BAND * col_tiles
+    first = tile // per_band * BAND
+    height = gl.minimum(row_tiles - first, BAND)
+    row_tile = first + tile % per_band % height
+    col_tile = tile % per_band // height
+    return row_tile * BM, col_tile * BN
+
+
+@gluon.jit
+def _load(
+    a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles,
+    BM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    z_layout: gl.constexpr = z_desc.layout
+    l_layout: gl.constexpr = l_desc.layout
+    slot = 0
+    phase = 0
+    wait_for_previous_kernel()
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, col = _tile(tile, M, N, BM)
+        for k in range(0, (K + 2 * BK - 1) // (2 * BK) * (2 * BK), BK):
+            ready = full.index(slot)
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            mbarrier.expect(ready, BM * BK + BN * BK // 2)
+            copy_in(w_desc, [col, k // 4], ready, w_bufs.index(slot))
+            copy_in(a_desc, [row, k], ready, a_bufs.index(slot))
+            slot, phase = _next(slot, phase, STAGES)
+        for k in range(0, rank, RANKS):
+            ready = full.index(slot)
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            mbarrier.expect(ready, (BM + BN) * RANKS * 2)
+            copy_in(l_desc, [col, k], ready, _as_bf16(w_bufs.index(slot), BN, l_layout))
+            copy_in(z_desc, [row, k], ready, _as_bf16(a_bufs.index(slot), BM, z_layout))
+            slot, phase = _next(slot, phase, STAGES)
+
+
+@gluon.jit
+def _expand(codes, t0, t1, t2, t3):
+    """Words of four table bytes [64, BK / 4] of shared 16-bit words of four codes: what each thread holds of a left
+    operand [64, BK], rows g and g + 8 and of each 32 columns two runs of four, 16 columns apart."""
+    held: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 4], [8, 0], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]
+    )
+    return gl.inline_asm_elementwise(
+        _EXPAND, "=r,r,r,r,r,r", [codes.load(held).to(gl.int32), t0, t1, t2, t3], gl.int32, True, 1
+    )
+
+
+@gluon.jit
+def _left(words, layout: gl.constexpr):
+    """The left operand int8 [64, BK] in `layout` whose registers are `words`: nothing moves.
+
+    Four registers pass for four tensors of four bytes; below, the index of the register, which is that of two halves
+    of rows and of columns, and the index of the byte within it change places.
+    """
+    q0, q1, q2, q3 = gl.inline_asm_elementwise(
+        "// $0", "=r,=r,=r,=r,0,1,2,3", [words], (gl.int8, gl.int8, gl.int8, gl.int8), True, 4
+    )
+    q = gl.join(gl.join(q0, q2), gl.join(q1, q3))
+    q = q.reshape([4, 2, 8, 4, 2, 4, 2, 2]).permute((0, 6, 2, 3, 7, 5, 1, 4)).reshape([64, BK])
+    return gl.convert_layout(q, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _split(x, PARTS: gl.constexpr):
+    """The PARTS column slices of x."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+        return _split(left, PARTS // 2) + _split(right, PARTS // 2)
+
+
+@gluon.jit
+def _step(
+    total, words, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3,
+    left: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr, MORE: gl.constexpr,
+):  # fmt: skip
+    """The product before `slot`, and meanwhile the words of `slot`, which is full; returns when the next one is, if MORE."""
+    rows: gl.constexpr = BN // 2
+    used = _before(slot, STAGES)
+    total = warpgroup_mma(_left(words, left), a_bufs.index(used).permute((1, 0)), total, is_async=True)
+    new = _expand(w_bufs.index(slot).slice(HALF * rows, rows), t0, t1, t2, t3)
+    slot, phase = _next(slot, phase, STAGES)
+    if MORE:
+        mbarrier.wait(full.index(slot), phase)
+    total, words, new = warpgroup_mma_wait(0, deps=(total, words, new))
+    mbarrier.arrive(empty.index(used), count=1)
+    return total, new, slot, phase
+
+
+@gluon.jit
+def _multiply(
+    out_desc, z_desc, l_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_buf, full, empty,
+    M, N, K, rank, tiles, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    columns: gl.constexpr = 128 if BM > 128 else BM  # Triton offers the int8 instruction with at most 224 columns
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32])
+    layout_16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 4)
+    rows: gl.constexpr = BN // 2
+    width: gl.constexpr = BM // PARTS
+    z_layout: gl.constexpr = z_desc.layout
+    l_layout: gl.constexpr = l_desc.layout
+    slot = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, col = _tile(tile, M, N, BM)
+        col += HALF * rows
+        total = gl.zeros([rows, BM], gl.int32, layout)
+        mbarrier.wait(full.index(slot), phase)
+        even = _expand(w_bufs.index(slot).slice(HALF * rows, rows), t0, t1, t2, t3)
+        slot, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(full.index(slot), phase)
+        for _ in range(2 * BK, K, 2 * BK):
+            total, odd, slot, phase = _step(
+                total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF, True
+            )
+            total, even, slot, phase = _step(
+                total, odd, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF, True
+            )
+        total, odd, slot, phase = _step(
+            total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF, False
+        )
+        used = _before(slot, STAGES)
+        total = warpgroup_mma(_left(odd, left), a_bufs.index(used).permute((1, 0)), total, is_async=True)
+        total = warpgroup_mma_wait(0, deps=(total,))
+        mbarrier.arrive(empty.index(used), count=1)
+
+        tokens = row + gl.arange(0, BM, gl.SliceLayout(0, layout))
+        outputs = col + gl.arange(0, rows, gl.SliceLayout(1, layout))
+        scale = gl.load(scale_ptr + tokens, mask=tokens < M, other=0.0)
+        weight_scale = gl.load(weight_scale_ptr + outputs, mask=outputs < N, other=0.0)
+        y = total.to(gl.float32) * gl.expand_dims(scale, 0)
+        y = y * gl.expand_dims(weight_scale, 1)
+        y = gl.convert_layout(y, layout_16)
+        for _ in range(0, rank, RANKS):
+            mbarrier.wait(full.index(slot), phase)
+            z = _as_bf16(a_bufs.index(slot), BM, z_layout)
+            low_rank = _as_bf16(w_bufs.index(slot), BN, l_layout).slice(HALF * rows, rows)
+            y = warpgroup_mma(low_rank, z.permute((1, 0)), y, is_async=True)
+            y = warpgroup_mma_wait(0, deps=(y,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, phase = _next(slot, phase, STAGES)
+        if HAS_BIAS:
+            outputs_16 = col + gl.arange(0, rows, gl.SliceLayout(1, layout_16))
+            bias = gl.load(bias_ptr + outputs_16, mask=outputs_16 < N, other=0.0)
+            y += gl.expand_dims(bias.to(gl.float32), 1)
+        parts = _split(y.to(out_desc.dtype), PARTS)
+        for part in gl.static_range(PARTS):
+            tma.store_wait(0)
+            out_buf.permute((1, 0)).store(parts[part])
+            fence_async_shared()
+            copy_out(out_desc, [row + part * width, col], out_buf)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def linear_a8_packed_kernel(
+    a_desc, w_desc, z_desc, l_desc, out_desc, scale_ptr, weight_scale_ptr, bias_ptr, M, N, K, rank, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """out [M, N] = ((Σ_k a ŵ) · s) · t + z Lᵀ + b for packed weights [N, K / 4] in 16-bit words."""
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK // 4], w_desc.layout)
+    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2, BM // PARTS, BN // 2], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    tiles = ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                out_desc, z_desc, l_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_bufs.index(0),
+                full, empty, M, N, K, rank, tiles, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, 0,
+            )),
+            (_multiply, (
+                out_desc, z_desc, l_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_bufs.index(1),
+                full, empty, M, N, K, rank, tiles, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, 1,
+            )),
+            (_load, (
+                a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles, BM, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
