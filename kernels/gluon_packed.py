@@ -22,10 +22,15 @@ BN = gl.constexpr(128)  # weight rows of a tile
 BK = gl.constexpr(128)
 RANKS = gl.constexpr(32)  # bf16 columns of z and L in a buffer of BK / 2 bytes
 BAND = gl.constexpr(8)
+# What a thread holds of the 16-bit words of a left operand [64, BK], four codes each: rows g and g + 8 and of each 32
+# columns two runs of four, 16 columns apart.
+WORDS = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 4], [8, 0], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]
+))  # fmt: skip
 
-# Four codes in the low half of a word to four table bytes. A byte permute looks up bits 0-2 of a selector's digit; where
-# bit 3 is set it returns the sign of what it found, repeated. So one lookup by bits 0-2 finds the value of a code of 8
-# to 15, and one by all four bits a correction for a code below 8, zero for the others (`table_words`).
+# Four codes in the low half of a word to four table bytes. A byte permute looks up bits 0-2 of each digit of its
+# selector; where bit 3 is set it returns the sign of what it found, repeated. So one lookup by bits 0-2 finds the value of a code
+# of 8 to 15, and one by all four bits what to take off below 8, zero for the others (`hopper_packed.expansion`).
 _EXPAND = gl.constexpr("""
 {
 .reg .b32 c, high, less;
@@ -51,55 +56,95 @@ else:
 
 
 @gluon.jit
-def _tile(tile, M, N, BM: gl.constexpr):
-    """First row and column of an output tile, in bands of row tiles: a band's operands stay in L2."""
+def _tile(tile, M, col_tiles, BM: gl.constexpr):
+    """First token and number of the column tile of a tile, in bands of row tiles: a band's operands stay in L2."""
     row_tiles = (M + BM - 1) // BM
-    col_tiles = (N + BN - 1) // BN
     per_band = BAND * col_tiles
     first = tile // per_band * BAND
     height = gl.minimum(row_tiles - first, BAND)
     row_tile = first + tile % per_band % height
-    col_tile = tile % per_band // height
-    return row_tile * BM, col_tile * BN
+    return row_tile * BM, tile % per_band // height
+
+
+@gluon.jit
+def _sibling(col_tile, Ns):
+    """Which weight a column tile belongs to, its first column there, and its first column in the output."""
+    which = 0
+    first = 0  # column tile of that weight
+    start = 0  # its column in the output
+    tiles = 0
+    columns = 0
+    for i in gl.static_range(len(Ns)):
+        if col_tile >= tiles:
+            which = i
+            first = tiles
+            start = columns
+        tiles += (Ns[i] + BN - 1) // BN
+        columns += Ns[i]
+    col = (col_tile - first) * BN
+    return which, col, start + col
+
+
+@gluon.jit
+def _pick(values, which):
+    value = values[0]
+    for i in gl.static_range(1, len(values)):
+        if which == i:
+            value = values[i]
+    return value
+
+
+@gluon.jit
+def _copy_of(descs, which, at, ready, buffer):
+    for i in gl.static_range(len(descs)):
+        if which == i:
+            copy_in(descs[i], at, ready, buffer)
 
 
 @gluon.jit
 def _load(
-    a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles,
+    a_desc, w_descs, z_desc, l_descs, a_bufs, w_bufs, full, empty, M, Ns, K, rank, col_tiles, tiles,
     BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     z_layout: gl.constexpr = z_desc.layout
-    l_layout: gl.constexpr = l_desc.layout
+    l_layout: gl.constexpr = l_descs[0].layout
     slot = 0
     phase = 0
+    ahead = 0
+    _, col_tile = _tile(gl.program_id(0), M, col_tiles, BM)
+    which, col, _ = _sibling(col_tile, Ns)
+    for k in range(0, gl.minimum(K, STAGES * BK), BK):  # weights are no result of the kernel before this one
+        mbarrier.expect(full.index(ahead), BM * BK + BN * BK // 2)
+        _copy_of(w_descs, which, [col, k // 4], full.index(ahead), w_bufs.index(ahead))
+        ahead += 1
     wait_for_previous_kernel()
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, col = _tile(tile, M, N, BM)
-        for k in range(0, (K + 2 * BK - 1) // (2 * BK) * (2 * BK), BK):
+        row, col_tile = _tile(tile, M, col_tiles, BM)
+        which, col, _ = _sibling(col_tile, Ns)
+        for k in range(0, (K + 2 * BK - 1) // (2 * BK) * (2 * BK), BK):  # past K there are zeros
             ready = full.index(slot)
-            mbarrier.wait(empty.index(slot), phase ^ 1)
-            mbarrier.expect(ready, BM * BK + BN * BK // 2)
-            copy_in(w_desc, [col, k // 4], ready, w_bufs.index(slot))
+            if ahead > 0:
+                ahead -= 1
+            else:
+                mbarrier.wait(empty.index(slot), phase ^ 1)
+                mbarrier.expect(ready, BM * BK + BN * BK // 2)
+                _copy_of(w_descs, which, [col, k // 4], ready, w_bufs.index(slot))
             copy_in(a_desc, [row, k], ready, a_bufs.index(slot))
             slot, phase = _next(slot, phase, STAGES)
         for k in range(0, rank, RANKS):
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), phase ^ 1)
             mbarrier.expect(ready, (BM + BN) * RANKS * 2)
-            copy_in(l_desc, [col, k], ready, _as_bf16(w_bufs.index(slot), BN, l_layout))
+            _copy_of(l_descs, which, [col, k], ready, _as_bf16(w_bufs.index(slot), BN, l_layout))
             copy_in(z_desc, [row, k], ready, _as_bf16(a_bufs.index(slot), BM, z_layout))
             slot, phase = _next(slot, phase, STAGES)
 
 
 @gluon.jit
 def _expand(codes, t0, t1, t2, t3):
-    """Words of four table bytes [64, BK / 4] of shared 16-bit words of four codes: what each thread holds of a left
-    operand [64, BK], rows g and g + 8 and of each 32 columns two runs of four, 16 columns apart."""
-    held: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 4], [8, 0], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]
-    )
+    """Words of four table bytes [64, BK / 4] of shared 16-bit words of four codes."""
     return gl.inline_asm_elementwise(
-        _EXPAND, "=r,r,r,r,r,r", [codes.load(held).to(gl.int32), t0, t1, t2, t3], gl.int32, True, 1
+        _EXPAND, "=r,r,r,r,r,r", [codes.load(WORDS).to(gl.int32), t0, t1, t2, t3], gl.int32, True, 1
     )
 
 
@@ -129,27 +174,39 @@ def _split(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    total, words, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3,
-    left: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr, MORE: gl.constexpr,
+def _expand_full(
+    w_bufs, full, slot, phase, t0, t1, t2, t3, STAGES: gl.constexpr, HALF: gl.constexpr
 ):  # fmt: skip
-    """The product before `slot`, and meanwhile the words of `slot`, which is full; returns when the next one is, if MORE."""
+    """The words of a slot once it is full, and the slot after it is too: behind that wait ptxas does not move them."""
     rows: gl.constexpr = BN // 2
-    used = _before(slot, STAGES)
-    total = warpgroup_mma(_left(words, left), a_bufs.index(used).permute((1, 0)), total, is_async=True)
-    new = _expand(w_bufs.index(slot).slice(HALF * rows, rows), t0, t1, t2, t3)
+    mbarrier.wait(full.index(slot), phase)
+    words = _expand(w_bufs.index(slot).slice(HALF * rows, rows), t0, t1, t2, t3)
     slot, phase = _next(slot, phase, STAGES)
-    if MORE:
-        mbarrier.wait(full.index(slot), phase)
-    total, words, new = warpgroup_mma_wait(0, deps=(total, words, new))
-    mbarrier.arrive(empty.index(used), count=1)
-    return total, new, slot, phase
+    mbarrier.wait(full.index(slot), phase)
+    return words
+
+
+@gluon.jit
+def _two(
+    total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3,
+    left: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """The products of two steps in full buffers, of which the second still runs."""
+    rows: gl.constexpr = BN // 2
+    total = warpgroup_mma(_left(even, left), a_bufs.index(slot).permute((1, 0)), total, is_async=True)
+    slot, phase = _next(slot, phase, STAGES)
+    odd = _expand(w_bufs.index(slot).slice(HALF * rows, rows), t0, t1, t2, t3)
+    total = warpgroup_mma(_left(odd, left), a_bufs.index(slot).permute((1, 0)), total, is_async=True)
+    total, even = warpgroup_mma_wait(1, deps=(total, even))
+    mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
+    slot, phase = _next(slot, phase, STAGES)
+    return total, even, odd, slot, phase
 
 
 @gluon.jit
 def _multiply(
-    out_desc, z_desc, l_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_buf, full, empty,
-    M, N, K, rank, tiles, t0, t1, t2, t3,
+    out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, a_bufs, w_bufs, out_buf, full, empty,
+    M, Ns, K, rank, col_tiles, tiles, t0, t1, t2, t3,
     HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     columns: gl.constexpr = 128 if BM > 128 else BM  # Triton offers the int8 instruction with at most 224 columns
@@ -159,36 +216,34 @@ def _multiply(
     rows: gl.constexpr = BN // 2
     width: gl.constexpr = BM // PARTS
     z_layout: gl.constexpr = z_desc.layout
-    l_layout: gl.constexpr = l_desc.layout
+    l_layout: gl.constexpr = l_descs[0].layout
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, col = _tile(tile, M, N, BM)
+        row, col_tile = _tile(tile, M, col_tiles, BM)
+        which, col, out_col = _sibling(col_tile, Ns)
+        N = _pick(Ns, which)
         col += HALF * rows
         total = gl.zeros([rows, BM], gl.int32, layout)
-        mbarrier.wait(full.index(slot), phase)
-        even = _expand(w_bufs.index(slot).slice(HALF * rows, rows), t0, t1, t2, t3)
-        slot, phase = _next(slot, phase, STAGES)
-        mbarrier.wait(full.index(slot), phase)
+        # While a product runs, the words of the next are made. Two sets of registers take turns: steps come in pairs.
+        even = _expand_full(w_bufs, full, slot, phase, t0, t1, t2, t3, STAGES, HALF)
         for _ in range(2 * BK, K, 2 * BK):
-            total, odd, slot, phase = _step(
-                total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF, True
+            total, even, odd, slot, phase = _two(
+                total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF
             )
-            total, even, slot, phase = _step(
-                total, odd, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF, True
-            )
-        total, odd, slot, phase = _step(
-            total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF, False
+            even = _expand_full(w_bufs, full, slot, phase, t0, t1, t2, t3, STAGES, HALF)
+            total, odd, even = warpgroup_mma_wait(0, deps=(total, odd, even))
+            mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
+        total, even, odd, slot, phase = _two(
+            total, even, a_bufs, w_bufs, full, empty, slot, phase, t0, t1, t2, t3, left, STAGES, HALF
         )
-        used = _before(slot, STAGES)
-        total = warpgroup_mma(_left(odd, left), a_bufs.index(used).permute((1, 0)), total, is_async=True)
-        total = warpgroup_mma_wait(0, deps=(total,))
-        mbarrier.arrive(empty.index(used), count=1)
+        total, odd = warpgroup_mma_wait(0, deps=(total, odd))
+        mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
 
         tokens = row + gl.arange(0, BM, gl.SliceLayout(0, layout))
         outputs = col + gl.arange(0, rows, gl.SliceLayout(1, layout))
         scale = gl.load(scale_ptr + tokens, mask=tokens < M, other=0.0)
-        weight_scale = gl.load(weight_scale_ptr + outputs, mask=outputs < N, other=0.0)
+        weight_scale = gl.load(_pick(weight_scales, which) + outputs, mask=outputs < N, other=0.0)
         y = total.to(gl.float32) * gl.expand_dims(scale, 0)
         y = y * gl.expand_dims(weight_scale, 1)
         y = gl.convert_layout(y, layout_16)
@@ -202,23 +257,23 @@ def _multiply(
             slot, phase = _next(slot, phase, STAGES)
         if HAS_BIAS:
             outputs_16 = col + gl.arange(0, rows, gl.SliceLayout(1, layout_16))
-            bias = gl.load(bias_ptr + outputs_16, mask=outputs_16 < N, other=0.0)
+            bias = gl.load(_pick(biases, which) + outputs_16, mask=outputs_16 < N, other=0.0)
             y += gl.expand_dims(bias.to(gl.float32), 1)
         parts = _split(y.to(out_desc.dtype), PARTS)
         for part in gl.static_range(PARTS):
             tma.store_wait(0)
             out_buf.permute((1, 0)).store(parts[part])
             fence_async_shared()
-            copy_out(out_desc, [row + part * width, col], out_buf)
+            copy_out(out_desc, [row + part * width, out_col + HALF * rows], out_buf)
     tma.store_wait(0)
 
 
 @gluon.jit
-def linear_a8_packed_kernel(
-    a_desc, w_desc, z_desc, l_desc, out_desc, scale_ptr, weight_scale_ptr, bias_ptr, M, N, K, rank, t0, t1, t2, t3,
+def _product(
+    a_desc, w_descs, z_desc, l_descs, out_desc, scale_ptr, weight_scales, biases, M, Ns, K, rank, t0, t1, t2, t3,
     HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = ((Σ_k a ŵ) · s) · t + z Lᵀ + b for packed weights [N, K / 4] in 16-bit words."""
+    w_desc = w_descs[0]
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK // 4], w_desc.layout)
     out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2, BM // PARTS, BN // 2], out_desc.layout)
@@ -227,21 +282,53 @@ def linear_a8_packed_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
-    tiles = ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
+    col_tiles = 0
+    for i in gl.static_range(len(Ns)):
+        col_tiles += (Ns[i] + BN - 1) // BN
+    tiles = ((M + BM - 1) // BM) * col_tiles
     gl.warp_specialize(
         [
             (_multiply, (
-                out_desc, z_desc, l_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_bufs.index(0),
-                full, empty, M, N, K, rank, tiles, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, 0,
+                out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, a_bufs, w_bufs, out_bufs.index(0),
+                full, empty, M, Ns, K, rank, col_tiles, tiles, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, 0,
             )),
             (_multiply, (
-                out_desc, z_desc, l_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_bufs.index(1),
-                full, empty, M, N, K, rank, tiles, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, 1,
+                out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, a_bufs, w_bufs, out_bufs.index(1),
+                full, empty, M, Ns, K, rank, col_tiles, tiles, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, 1,
             )),
             (_load, (
-                a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles, BM, STAGES,
+                a_desc, w_descs, z_desc, l_descs, a_bufs, w_bufs, full, empty, M, Ns, K, rank, col_tiles, tiles,
+                BM, STAGES,
             )),
         ],
         [4, 1],
         [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def linear_a8_packed_kernel(
+    a_desc, z_desc, out_desc, scale_ptr, w_desc, l_desc, weight_scale_ptr, bias_ptr, M, N, K, rank, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """out [M, N] = ((Σ_k a ŵ) · s) · t + z Lᵀ + b for packed weights [N, K / 4] in 16-bit words."""
+    _product(
+        a_desc, (w_desc,), z_desc, (l_desc,), out_desc, scale_ptr, (weight_scale_ptr,), (bias_ptr,),
+        M, (N,), K, rank, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def siblings_packed_kernel(
+    a_desc, z_desc, out_desc, scale_ptr, w0_desc, w1_desc, w2_desc, w3_desc, l0_desc, l1_desc, l2_desc, l3_desc,
+    weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, weight_scale3_ptr,
+    bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr, M, N0, N1, N2, N3, K, rank, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """The same of up to four weights side by side; a missing one has N = 0."""
+    _product(
+        a_desc, (w0_desc, w1_desc, w2_desc, w3_desc), z_desc, (l0_desc, l1_desc, l2_desc, l3_desc), out_desc,
+        scale_ptr, (weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, weight_scale3_ptr),
+        (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr), M, (N0, N1, N2, N3), K, rank, t0, t1, t2, t3,
+        HAS_BIAS, BM, STAGES, PARTS,
     )  # fmt: skip

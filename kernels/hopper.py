@@ -44,7 +44,7 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @cache
-def _multiprocessors(index: int) -> int:
+def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -82,7 +82,7 @@ def multiply(
     tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     launch(
-        linear_a8_hopper_kernel, (min(tiles, _multiprocessors(codes.device.index)),),
+        linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device.index)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
         m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, launch_pdl=True,
     )  # fmt: skip

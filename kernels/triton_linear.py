@@ -107,9 +107,10 @@ def linear_a8_siblings(
         return out
     with torch.cuda.device_of(codes):
         if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
-            from . import hopper
+            from . import hopper, hopper_packed
 
-            return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
+            strategy = hopper_packed if hopper_packed.takes(weights, table) else hopper
+            return strategy.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
         start = 0
         for i, weight in enumerate(weights):
             end = start + weight.shape[0]

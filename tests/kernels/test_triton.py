@@ -166,7 +166,7 @@ def test_unpack(n, k, device):
 @pytest.mark.parametrize("rank", [0, 64, 128])
 @pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (4608, 15360, 3072)])
 def test_strategies_agree(m, k, n, rank, monkeypatch):
-    from dirotq.kernels import triton_linear
+    from dirotq.kernels import hopper_packed, triton_linear
 
     codes, scale = cases.lattice(m, k, "cuda")
     w = cases.weights(n, k, rank, device="cuda")
@@ -175,6 +175,8 @@ def test_strategies_agree(m, k, n, rank, monkeypatch):
     if not triton_linear.unpacks_first(m, n, rank, codes.device):
         pytest.skip("this GPU has one strategy")
     y = kernels.linear_a8(*arguments)
+    monkeypatch.setattr(hopper_packed, "takes", lambda *_: False)
+    assert torch.equal(y, kernels.linear_a8(*arguments))
     monkeypatch.setattr(triton_linear, "unpacks_first", lambda *_: False)
     cases.assert_close(y, kernels.linear_a8(*arguments))
 
