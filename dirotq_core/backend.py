@@ -20,7 +20,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from .activations import ACTIVATION_FORMATS
-from .architectures import recipe_for
+from .architectures import SUPPORTED, recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
@@ -291,7 +291,7 @@ def _finish(model: Any) -> None:
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
-    if type(model).__name__ == "FluxTransformer2DModel":
+    if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         teach_flux_loras()
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):

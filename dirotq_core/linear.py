@@ -37,6 +37,9 @@ class SiteMemo:
     def __init__(self) -> None:
         self.entry: tuple | None = None
 
+    def __deepcopy__(self, memo: dict) -> SiteMemo:
+        return SiteMemo()  # results belong to the forward that made them
+
 
 def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
     return {
@@ -88,7 +91,10 @@ class InputSite(nn.Module):
         return self._once(x, False)
 
     def products(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """y [M, N] of each member for x [..., K], as one product; the same tensor object is computed once."""
+        """y [M, N] of each member for x [..., K], as one product; the same tensor object is computed once.
+
+        They are columns of one matrix, so rows are strided, which `nn.Linear`'s are not.
+        """
         return self._once(x, True)
 
     def stacks(self, x: torch.Tensor) -> bool:
@@ -120,11 +126,12 @@ class InputSite(nn.Module):
         # count their versions; no transformer we have a recipe for changes one there.
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         entry = self.memo.entry
-        if entry is not None and entry[0] is self and entry[1] is x and entry[2:4] == (version, stacked):
-            out, left = entry[4], entry[5] - 1
+        how = (version, stacked, self.activation, torch.is_grad_enabled())
+        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == how:
+            out, left = entry[3], entry[4] - 1
         else:
             out, left = compute(x), self.users - 1
-        self.memo.entry = (self, x, version, stacked, out, left) if left else None
+        self.memo.entry = (self, x, how, out, left) if left else None
         return out
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
@@ -205,7 +212,8 @@ class DiRotQLinear(nn.Linear):
         """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype."""
         site = self.site
         if site.fused and torch.is_grad_enabled() and x.requires_grad:
-            # Integer codes carry no gradient; this op does, with the straight-through estimator.
+            # Integer codes carry no gradient; this op does, with the straight-through estimator. It holds rotation
+            # and product in one, so siblings do not share theirs while an adapter is trained.
             y = ops.linear(
                 x.reshape(-1, self.in_features), site.tensor("basis"), site.tensor("signs"), site.block,
                 site.activation, self.weight, self.weight_scale, self.low_rank, self.bias, self.table,

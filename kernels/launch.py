@@ -14,6 +14,7 @@ from torch import Tensor
 OPTIONS = {"enable_fp_fusion": False}
 
 _variants: dict[tuple, tuple[Any, list]] = {}
+_MOST_VARIANTS = 10_000  # every number of tokens makes new ones; Triton keeps what it compiled itself
 
 
 def cdiv(a: int, b: int) -> int:
@@ -42,5 +43,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         known[0][grid](*args, *known[1])
         return
     compiled = kernel[grid](*args, **constants, **OPTIONS)
+    if len(_variants) >= _MOST_VARIANTS:
+        _variants.clear()
     if compiled is not None:  # Triton's interpreter compiles nothing
         _variants[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]

@@ -184,7 +184,6 @@ def site_blocks(m: int) -> dict[str, int]:
 
 
 @cache
-@cache
 def tiles_per_program(row_tiles: int, parts: int, resident: int) -> int:
     """Row tiles of one program, for `parts` programs side by side and `resident` at a time on the chip.
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from dirotq import set_activation_bits
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.kernels import ops
@@ -117,6 +118,34 @@ def test_inference_mode_shares_too(siblings, calls):
             linear(x)
     assert len(calls) == 1
     assert memo_of(siblings[0]).entry is None
+
+
+def test_a_format_chosen_between_siblings_is_noticed(quantized):
+    model, _ = quantized("pixart")
+    attention = model.transformer_blocks[0].attn1
+    x = torch.randn(3, 64)
+    set_activation_bits(model, 8)
+    first = attention.to_q(x)
+    set_activation_bits(model, 4)
+    assert torch.equal(attention.to_q(x), attention.to_q(x.clone()))
+    assert not torch.equal(attention.to_q(x), first)
+
+
+def test_a_gradient_is_not_lost_to_a_result_without(siblings):
+    q, k, _ = siblings
+    q.site.activation = None
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.no_grad():
+        q(x)
+    assert k(x).requires_grad
+
+
+def test_a_copy_between_siblings_starts_afresh(quantized):
+    model, _ = quantized("pixart")
+    set_activation_bits(model, 16)
+    attention = model.transformer_blocks[0].attn1
+    attention.to_q(torch.randn(3, 64, requires_grad=True))
+    assert copy.deepcopy(model).transformer_blocks[0].attn1.to_q.site.memo.entry is None
 
 
 def test_another_tensor_of_equal_values_is_computed_again(siblings, calls):
