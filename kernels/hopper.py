@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_hopper import BK, BM, RANKS, linear_a8_hopper_kernel
+from .hopper_costs import unpacked_columns
 from .launch import cdiv, launch
 from .triton_unpack import unpack
 
@@ -52,7 +53,7 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile width, ring depth and slices of the output tile."""
     if dtype == torch.float32:
         return {"BN": 128, "STAGES": 4, "PARTS": 2}
-    if cdiv(m, 2 * HALF) * n < 36 * 4096:  # too few wide tiles to fill the chip evenly
+    if unpacked_columns(m, n) == 128:
         return {"BN": 128, "STAGES": 5, "PARTS": 1}
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 

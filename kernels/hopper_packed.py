@@ -7,24 +7,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import hopper_costs
 from .gluon_packed import BK, BN, RANKS, linear_a8_packed_kernel, siblings_packed_kernel
 from .hopper import aligned, descriptor, multiprocessors
+from .hopper_costs import tiles_shared
 from .launch import cdiv, launch
 
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
 COLUMNS, WIDTH, RANK = BN.value, BK.value, RANKS.value
 SIBLINGS = 4  # of one launch
 
-# Tokens of a tile: the time of one tile of weights by that many tokens against the largest, measured on an H200.
-COST = {256: 1.0, 128: 0.6, 64: 0.45}
-STAGES = {256: 4, 128: 6, 64: 8}
+STAGES = {256: 4, 128: 6, 64: 8}  # of the ring, by the tokens of a tile
 
 
-@cache
-def blocks(m: int, col_tiles: int, processors: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tokens of a tile, ring depth and slices of the output tile: what keeps the slowest multiprocessor least busy."""
-    rows = min(COST, key=lambda rows: cdiv(cdiv(m, rows) * col_tiles, processors) * COST[rows])
-    return {"BM": rows, "STAGES": STAGES[rows], "PARTS": max(1, rows * dtype.itemsize // 256)}
+def block(rows: int, shared: bool, dtype: torch.dtype) -> dict[str, int]:
+    """Tokens of a tile, ring depth, slices of the output tile, and whether programs share tiles."""
+    return {"BM": rows, "STAGES": STAGES[rows], "PARTS": max(1, rows * dtype.itemsize // 512), "SHARED": shared}
 
 
 @cache
@@ -46,11 +44,23 @@ def takes(weights: Sequence[Tensor], table: Sequence[int]) -> bool:
     return expansion(tuple(table)) is not None and all(weight.shape[0] % 8 == 0 for weight in weights)
 
 
+def choose(codes: Tensor, weights: Sequence[Tensor], table: Sequence[int]) -> tuple[int, bool] | None:
+    """Tiles for `linear_a8`, or None if another strategy should be faster or must be taken."""
+    if not takes(weights, table):
+        return None
+    m, k = codes.shape
+    ns = tuple(weight.shape[0] for weight in weights)
+    return hopper_costs.choose(m, k, ns, multiprocessors(codes.device.index))
+
+
 def linear_a8(
     codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
-    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], out: Tensor,
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], tile: tuple[int, bool], out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`linear_a8_siblings` into `out`, for what this module `takes`: up to four weights in one launch."""
+    """`linear_a8_siblings` into `out`, for what this module `takes`: up to four weights in one launch.
+
+    tile: tokens of a tile, one of `STAGES`, and whether programs share tiles.
+    """
     codes, scale, z = aligned(codes), scale.contiguous(), None if z is None else aligned(z)
     start = 0
     first = 0
@@ -60,32 +70,36 @@ def linear_a8(
         while last < min(len(weights), first + SIBLINGS) and weights[last - 1].shape[0] % COLUMNS == 0:
             last += 1
         end = start + sum(weight.shape[0] for weight in weights[first:last])
-        _multiply(
+        multiply(
             codes, scale, z, weights[first:last], weight_scales[first:last], low_ranks[first:last], biases[first:last],
-            table, out[:, start:end],
+            table, tile, out[:, start:end],
         )  # fmt: skip
         start, first = end, last
     return out
 
 
-def _multiply(
+def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
-    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], out: Tensor,
-    tile: dict[str, int] | None = None,
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], tile: tuple[int, bool], out: Tensor,
 ) -> None:  # fmt: skip
-    """One launch into `out`, whose rows may be strided."""
+    """One launch of `linear_a8` into `out`, whose rows may be strided."""
     m, k = codes.shape
     ns = [weight.shape[0] for weight in weights]
-    col_tiles = sum(cdiv(n, COLUMNS) for n in ns)
-    processors = multiprocessors(codes.device.index)
-    tile = tile or blocks(m, col_tiles, processors, out.dtype)
-    rows = tile["BM"]
+    rows = tile[0]
+    tiles = cdiv(m, rows) * sum(cdiv(n, COLUMNS) for n in ns)
+    programs = multiprocessors(codes.device.index)
+    shared = tiles_shared(tiles, programs) if tile[1] else 0
+    programs = min(programs, max(tiles, shared * cdiv(k, 2 * WIDTH)))
+    constants = block(rows, shared > 0, out.dtype)
+    space = scale  # never read if nothing is shared
+    if shared:
+        space = torch.empty(programs * (COLUMNS * rows + 4), dtype=torch.int32, device=codes.device)
     rank = 0
     left, rights = codes.view(torch.bfloat16), [codes.view(torch.bfloat16)]  # never read if the branch is absent
     if z is not None and low_ranks and z.shape[1]:
         rank, left, rights = z.shape[1], z, [aligned(low_rank) for low_rank in low_ranks]
     packed = [aligned(weight).view(torch.int16) for weight in weights]
-    columns = [
+    columns: list[list] = [
         [descriptor(weight, COLUMNS, WIDTH // 4) for weight in packed],
         [descriptor(right, COLUMNS, RANK) for right in rights],
         [weight_scale.contiguous() for weight_scale in weight_scales],
@@ -99,9 +113,9 @@ def _multiply(
     words = expansion(tuple(table))
     assert words is not None, f"the table {table} has no such words; `takes` says so"
     launch(
-        kernel, (min(cdiv(m, rows) * col_tiles, processors),),
+        kernel, (programs,),
         descriptor(codes, rows, WIDTH), descriptor(left, rows, RANK),
-        descriptor(out, rows // tile["PARTS"], COLUMNS // 2), scale,
-        *columns[0], *columns[1], *columns[2], *columns[3], m, *ns, k, rank, *words,
-        HAS_BIAS=len(biases) > 0, **tile, num_warps=4, launch_pdl=True,
+        descriptor(out, rows // constants["PARTS"], COLUMNS // 2), scale, space,
+        *columns[0], *columns[1], *columns[2], *columns[3], m, *ns, k, rank, shared, *words,
+        HAS_BIAS=len(biases) > 0, **constants, num_warps=4, launch_pdl=True,
     )  # fmt: skip
