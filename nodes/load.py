@@ -1,0 +1,130 @@
+"""Load DiRotQ Model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..dirotq_core.single_file import read_native
+from .hub import download
+from .model import ACTIVATION_BITS, BACKENDS, LORA_MODES, make_model, make_settings
+
+FOLDER = "diffusion_models"
+NONE = "(none)"
+_DEPTH = 4
+
+logger = logging.getLogger(__name__)
+
+
+def choices() -> list[str]:
+    """Files and folders in the diffusers layout below models/diffusion_models, files of such folders left out."""
+    folders = _folders()
+    inside = tuple(f"{name}{os.sep}" for name in folders)
+    files = [n for n in folder_paths.get_filename_list(FOLDER) if not n.startswith(inside)]
+    return [NONE, *sorted(folders), *files]
+
+
+def _folders() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        pattern = "*/" * _DEPTH
+        for depth in range(1, _DEPTH):
+            for config in root.glob(pattern[: 2 * depth] + "config.json"):
+                folder = config.parent.parent if config.parent.name == "transformer" else config.parent
+                if folder != root and _is_ours(config):
+                    found.setdefault(str(folder.relative_to(root)), folder)
+    return found
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        body = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    quantization = body.get("quantization_config") if isinstance(body, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "dirotq"
+
+
+def locate(name: str) -> Path:
+    """The path of one of `choices`; FileNotFoundError says where it was looked for."""
+    folders = _folders()
+    if name in folders:
+        return folders[name]
+    full = folder_paths.get_full_path(FOLDER, name)
+    if full is None:
+        roots = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        raise FileNotFoundError(f"{name!r} is not in {roots}")
+    return Path(full)
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+
+
+class LoadModel(io.ComfyNode):
+    """A quantized checkpoint as MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiRotQLoadModel",
+            display_name="Load DiRotQ Model",
+            category="DiRotQ",
+            description="Loads a 4-bit FLUX.1 or PixArt checkpoint, from disk or from the Hugging Face Hub.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    choices(),
+                    tooltip="A file or folder of models/diffusion_models; unused with repo_id.",
+                ),
+                io.String.Input("repo_id", default="", tooltip="Hub id, owner/name; downloaded once."),
+                io.String.Input("revision", default="main", tooltip="Branch, tag or commit of the Hub repository."),
+                io.Combo.Input(
+                    "activation_bits",
+                    list(ACTIVATION_BITS),
+                    tooltip="Default: the checkpoint's. 8 is closer to the original, and as fast on most GPUs.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    list(BACKENDS),
+                    tooltip="auto: Triton where it runs, PyTorch elsewhere. pytorch is slow and runs anywhere.",
+                ),
+                io.Combo.Input(
+                    "lora",
+                    list(LORA_MODES),
+                    tooltip="What ComfyUI's own LoRA loader does to 4-bit weights: keep the LoRA beside them, exactly, "
+                    "or round it into them (no extra work per step, less exact).",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, repo_id: str, revision: str, **_: str) -> object:
+        if repo_id.strip():
+            return (repo_id, revision)
+        try:
+            return _stamp(locate(model_name))
+        except OSError:  # execute says what is wrong
+            return model_name
+
+    @classmethod
+    def execute(
+        cls, model_name: str, repo_id: str, revision: str, activation_bits: str, backend: str, lora: str
+    ) -> io.NodeOutput:
+        if repo_id.strip():
+            into = Path(folder_paths.get_folder_paths(FOLDER)[0])
+            path = download(repo_id.strip(), revision.strip() or "main", into)
+        elif model_name == NONE:
+            raise ValueError("choose a model_name or give a repo_id")
+        else:
+            path = locate(model_name)
+        checkpoint = read_native(path)
+        settings = make_settings(checkpoint, activation_bits, backend, lora)
+        return io.NodeOutput(make_model(checkpoint, settings))
