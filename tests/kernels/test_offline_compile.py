@@ -266,20 +266,36 @@ def test_hopper_packed_product_compiles(name, rows, shared, tmp_path):
     assert ("ld.acquire.gpu" in ptx) == shared
 
 
-@pytest.mark.parametrize("mode", ["project", "codebook", "int4", "int8"])
-def test_hopper_site_compiles(mode, tmp_path):
+SITE_TYPES = {
+    **dict.fromkeys(("x_desc", "z_desc", "basis_desc"), ("bf16", 64, 64)),
+    **{"signs_ptr": "*i8", "codes_ptr": "*i8", "z_ptr": "*bf16", "norm": "fp32", "factor": "fp32"},
+    **dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32"),
+}
+
+
+def site_types():
+    return {name: kind if isinstance(kind, str) else descriptor(*kind) for name, kind in SITE_TYPES.items()}
+
+
+@pytest.mark.parametrize("mode", ["codebook", "int4", "int8"])
+def test_hopper_quantize_compiles(mode, tmp_path):
     pytest.importorskip("triton.experimental.gluon")
     from dirotq.kernels import gluon_site, hopper_site
 
-    types = {name: descriptor("bf16", 64, 64) for name in ("x_desc", "z_desc", "basis_desc")}
-    types |= {"signs_ptr": "*i8", "codes_ptr": "*i8", "norm": "fp32"}
-    types |= dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32")
-    if mode == "project":
-        compiled = compile_gluon(
-            gluon_site.site_project_hopper_kernel, types, {"STAGES": hopper_site.PROJECT_STAGES}, tmp_path
-        )
-    else:
-        values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
-        compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, types, values, tmp_path)
-        assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
+    compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, site_types(), values, tmp_path)
+    assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_hopper_project_compiles(alone, project, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from dirotq.kernels import gluon_site, hopper_site
+
+    tile = {"WIDTH": hopper_site.PROJECT_WIDTH, "STAGES": hopper_site.PROJECT_STAGES}
+    values = {"PROJECT": project, "ALONE": alone, **tile}
+    compiled = compile_gluon(gluon_site.site_project_hopper_kernel, site_types(), values, tmp_path)
+    assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])

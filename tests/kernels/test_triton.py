@@ -80,12 +80,22 @@ def test_rotate_quantize(m, k, device, dtype, mode):
             (512, 3072, 0, 32, False, torch.float16),
             (4608, 3072, 384, 128, True, torch.bfloat16),
             (512, 15360, 1920, 128, True, torch.bfloat16),
+            (7000, 1152, 0, 128, True, torch.bfloat16),
+            (8192, 1152, 64, 64, True, torch.bfloat16),
         ],
     ),
 )
 def test_rotate_quantize_variants(m, k, rank, block, signs, dtype, device, mode):
     case = cases.site(m, k, rank, block=block, signs=signs, dtype=dtype, device=device)
     cases.assert_same_quantization(case, mode, *kernels.rotate_quantize(*case.arguments, mode))
+
+
+@pytest.mark.parametrize(("rows", "device"), on([(3,)], [(3,), (512,)]))
+def test_rotate_quantize_expanded(rows, device):
+    case = cases.site(1, 128, 16, device=device)
+    case.x = case.x.expand(rows, 128)
+    assert case.x.stride(0) == 0
+    cases.assert_same_quantization(case, "int4", *kernels.rotate_quantize(*case.arguments, "int4"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
