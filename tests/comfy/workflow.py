@@ -109,7 +109,7 @@ def check_links(graph: Graph) -> None:
         output, entry = nodes[origin]["outputs"][out], nodes[target]["inputs"][slot]
         if number not in (output.get("links") or []) or entry.get("link") != number:
             raise ValueError(f"link {number} is not named by both its ends")
-        if not kind == output["type"] == entry["type"]:
+        if kind != output["type"] or entry["type"] not in (kind, "*"):
             raise ValueError(f"link {number} of type {kind} joins {output['type']} with {entry['type']}")
     named = {n for node in graph["nodes"] for o in node.get("outputs", []) for n in o.get("links") or []}
     named |= {i["link"] for node in graph["nodes"] for i in node.get("inputs", []) if i.get("link") is not None}
