@@ -31,6 +31,23 @@ def test_every_input_has_a_tooltip(object_info):
                 assert len(spec) > 1 and spec[1].get("tooltip"), f"{name}.{key}"
 
 
+def test_help_pages_are_served(client):
+    for name in OURS:
+        for page, word in ((f"{name}.md", b"## Inputs"), (f"{name}/zh.md", "## 输入".encode())):
+            assert word in client.read(f"/extensions/{PACK}/docs/{page}")
+
+
+def test_translations_are_those_of_the_nodes(client, object_info):
+    translations = client.get("/i18n")
+    for name in [n for n in object_info if n.startswith("DiRotQ") and "Test" not in n]:
+        info, english = object_info[name], translations["en"]["nodeDefs"][name]
+        assert english["display_name"] == info["display_name"] and english["description"] == info["description"]
+        specs = info["input"].get("required", {}) | info["input"].get("optional", {})
+        assert {k: v["tooltip"] for k, v in english["inputs"].items()} == {k: v[1]["tooltip"] for k, v in specs.items()}
+        assert [v["name"] for v in english["outputs"].values()] == info["output_name"]
+        assert translations["zh"]["nodeDefs"][name]["display_name"]
+
+
 def test_a_wrong_prompt_leaves_the_server_up(client):
     with pytest.raises(GraphError, match="checkpoint"):
         client.run({"1": {"class_type": "DiRotQModelInfo", "inputs": {"limit": 3}}})

@@ -87,7 +87,7 @@ def test_nodes_and_widgets_are_known(path, object_info):
         assert [o["type"] for o in n["outputs"]] == definition["output"]
         for name, kind, settings in workflow.widgets(definition):
             options = kind if isinstance(kind, list) else settings.get("options")
-            of_files = (n["type"], name) in SMALL or n["type"] in TEXT_ENCODERS and name.startswith("clip_name")
+            of_files = (n["type"], name) in SMALL or (n["type"] in TEXT_ENCODERS and name.startswith("clip_name"))
             if name and options and not of_files:
                 assert values[name] in options, f"{n['type']}.{name} is {values[name]!r}"
 
