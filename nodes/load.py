@@ -10,11 +10,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..dirotq_core.single_file import read_native
-from .hub import download
-from .model import ACTIVATION_BITS, BACKENDS, LORA_MODES, make_model, make_settings
+from .choices import ACTIVATION_BITS, BACKENDS, FOLDER, LORA_MODES
 
-FOLDER = "diffusion_models"
 NONE = "(none)"
 _DEPTH = 4
 
@@ -118,6 +115,10 @@ class LoadModel(io.ComfyNode):
     def execute(
         cls, model_name: str, repo_id: str, revision: str, activation_bits: str, backend: str, lora: str
     ) -> io.NodeOutput:
+        from ..dirotq_core.single_file import read_native
+        from .hub import download
+        from .model import make_model, make_settings
+
         if repo_id.strip():
             into = Path(folder_paths.get_folder_paths(FOLDER)[0])
             path = download(repo_id.strip(), revision.strip() or "main", into)
