@@ -17,13 +17,22 @@ class LoRA(io.ComfyNode):
             node_id="DiRotQLoRA",
             display_name="DiRotQ LoRA",
             category="DiRotQ",
-            description="Adds a LoRA beside the 4-bit weights: exact, nothing is re-quantized. Can be stacked.",
+            description="Adds a LoRA beside the 4-bit layers, exactly: in 16 bit, without quantizing again.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load DiRotQ Model, Apply DiRotQ or another DiRotQ LoRA."),
-                io.Combo.Input("lora_name", folder_paths.get_filename_list("loras"), tooltip="A file of models/loras."),
-                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="1 is as trained."),
+                io.Model.Input("model", tooltip="A model with 4-bit layers."),
+                io.Combo.Input(
+                    "lora_name", folder_paths.get_filename_list("loras"), tooltip="A LoRA file in models/loras."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="Factor of the LoRA; 0 switches it off, negative values subtract it.",
+                ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA.")],
         )
 
     @classmethod

@@ -18,40 +18,79 @@ class Quantize(io.ComfyNode):
             node_id="DiRotQQuantizeModel",
             display_name="Quantize Model (DiRotQ)",
             category="DiRotQ",
-            description="Draws calibration images with a 16-bit FLUX.1 or PixArt model, quantizes it to 4 bit, saves "
-            "it below models/diffusion_models and hands it on.",
+            description=(
+                "Quantizes a 16-bit FLUX.1 or PixArt-Σ model to 4 bit, calibrated on prompts, saves the "
+                "checkpoint and outputs the quantized model."
+            ),
             inputs=[
-                io.Model.Input("model", tooltip="A bf16 or fp16 model; LoRAs applied to it are quantized with it."),
+                io.Model.Input("model", tooltip="The 16-bit model to quantize."),
                 io.String.Input(
-                    "filename", default="dirotq/model", tooltip="Below models/diffusion_models; a new name."
+                    "filename",
+                    default="dirotq/model",
+                    tooltip="Where to save the checkpoint, under models/diffusion_models; the extension is added.",
                 ),
-                io.Combo.Input("method", list(METHODS), tooltip="dirotq is the best here."),
+                io.Combo.Input(
+                    "method",
+                    list(METHODS),
+                    tooltip=(
+                        "dirotq: 16-bit subspace and Hadamard rotation (default); paper: as published, with a "
+                        "dense rotation; hadamard, svdquant and rtn are simpler methods to compare with."
+                    ),
+                ),
                 io.Int.Input(
                     "rank",
                     default=64,
                     min=0,
                     max=1024,
                     step=64,
-                    tooltip="Width of dirotq's 16-bit part.",
+                    tooltip="Width of the subspace that stays 16 bit. More is closer to the original, and larger.",
                 ),
-                io.Combo.Input("activation_bits", ["4", "8", "16"], tooltip="Default; can be changed on load."),
-                io.Int.Input("samples", default=32, min=1, max=1024, tooltip="Images drawn; more is better, slower."),
-                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps per image."),
-                io.Int.Input("width", default=1024, min=64, max=4096, step=16, tooltip="Of the images, in pixels."),
-                io.Int.Input("height", default=1024, min=64, max=4096, step=16, tooltip="Of the images, in pixels."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="FLUX.1: 1, PixArt: 4.5."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Of the calibration noise."),
+                io.Combo.Input(
+                    "activation_bits",
+                    ["4", "8", "16"],
+                    tooltip="Bits of the activations that the checkpoint asks for; it can be changed when loading.",
+                ),
+                io.Int.Input(
+                    "samples", default=32, min=1, max=1024, tooltip="How many prompts are drawn for calibration."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps of each drawn prompt."),
+                io.Int.Input(
+                    "width", default=1024, min=64, max=4096, step=16, tooltip="Width of the drawn pictures in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=64, max=4096, step=16, tooltip="Height of the drawn pictures in pixels."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance while drawing: 1 for FLUX.1, about 4.5 for PixArt-Σ.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the drawn noise."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One a line, read with clip. Empty: built-in ones.",
+                    tooltip="Prompts for calibration, one a line. Empty: the built-in ones.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with positive."),
-                io.Conditioning.Input("positive", optional=True, tooltip="Used for every image instead of prompts."),
-                io.Conditioning.Input("negative", optional=True, tooltip="Needed where cfg is not 1."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Text encoder for the prompts. Not needed if conditionings are connected.",
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="A conditioning to calibrate on, instead of prompts."
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The negative conditioning while drawing, where cfg is above 1."
+                ),
             ],
-            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
+                io.String.Output(display_name="report", tooltip="What was measured: error of the layers, and remarks."),
+            ],
         )
 
     @classmethod
@@ -79,12 +118,16 @@ class Apply(io.ComfyNode):
             node_id="DiRotQApply",
             display_name="Apply DiRotQ (instant)",
             category="DiRotQ",
-            description="Quantizes a 16-bit model in seconds, without data; Quantize Model (DiRotQ) is better.",
+            description="Quantizes a loaded model's layers to 4 bit on the fly, without data.",
             inputs=[
-                io.Model.Input("model", tooltip="A bf16 or fp16 FLUX.1 or PixArt model."),
-                io.Combo.Input("activation_bits", ["8", "4", "16"], tooltip="8 is advised without calibration."),
+                io.Model.Input("model", tooltip="A 16-bit model."),
+                io.Combo.Input(
+                    "activation_bits",
+                    ["8", "4", "16"],
+                    tooltip="Bits of the activations. Without calibration 8 is recommended.",
+                ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with 4-bit layers.")],
         )
 
     @classmethod

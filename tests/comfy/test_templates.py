@@ -17,8 +17,6 @@ EXPECTED = {
     "pixart-sigma-4bit",
     "quantize-your-own-model",
 }
-#: Node types that templates use and that are not written yet; templates with them are expected to fail.
-UNFINISHED = {"DiRotQLoadModel", "DiRotQQuantizeModel", "DiRotQLoRA"}
 
 #: (node type, input) → what a small model's run takes instead of the value in the template.
 SMALL = {
@@ -42,14 +40,7 @@ SMALL = {
 TEXT_ENCODERS = ("CLIPLoader", "DualCLIPLoader")
 
 
-def template(path):
-    graph = workflow.load(path)
-    unfinished = {n["type"] for n in graph["nodes"]} & UNFINISHED
-    marks = [pytest.mark.xfail(reason=f"not written yet: {', '.join(sorted(unfinished))}")] if unfinished else []
-    return pytest.param(path, marks=marks, id=path.stem)
-
-
-every_template = pytest.mark.parametrize("path", [template(path) for path in TEMPLATES])
+every_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 
 
 def shrunk(prompt):
