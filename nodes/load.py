@@ -10,11 +10,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..dirotq_core.single_file import read_native
-from .hub import download
-from .model import ACTIVATION_BITS, BACKENDS, LORA_MODES, make_model, make_settings
+from .choices import ACTIVATION_BITS, BACKENDS, FOLDER, LORA_MODES
 
-FOLDER = "diffusion_models"
 NONE = "(none)"
 _DEPTH = 4
 
@@ -76,33 +73,52 @@ class LoadModel(io.ComfyNode):
             node_id="DiRotQLoadModel",
             display_name="Load DiRotQ Model",
             category="DiRotQ",
-            description="Loads a 4-bit FLUX.1 or PixArt checkpoint, from disk or from the Hugging Face Hub.",
+            description=(
+                "Loads a 4-bit DiRotQ checkpoint of FLUX.1 or PixArt-Σ, from disk or from the Hugging Face Hub."
+            ),
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     choices(),
-                    tooltip="A file or folder of models/diffusion_models; unused with repo_id.",
+                    tooltip=(
+                        "A checkpoint in models/diffusion_models: a single .safetensors file or a diffusers folder."
+                    ),
                 ),
-                io.String.Input("repo_id", default="", tooltip="Hub id, owner/name; downloaded once."),
-                io.String.Input("revision", default="main", tooltip="Branch, tag or commit of the Hub repository."),
+                io.String.Input(
+                    "repo_id",
+                    default="",
+                    tooltip=(
+                        "A repository on the Hugging Face Hub, such as name/flux-dev-dirotq. When set it takes "
+                        "precedence; it is downloaded once, into the models folder."
+                    ),
+                ),
+                io.String.Input("revision", default="main", tooltip="Branch, tag or commit of the repository."),
                 io.Combo.Input(
                     "activation_bits",
                     list(ACTIVATION_BITS),
-                    tooltip="Default: the checkpoint's. 8 is closer to the original, and as fast on most GPUs.",
+                    tooltip=(
+                        "Bits of the activations: default takes what the checkpoint says, 4 is the paper's "
+                        "setting, 8 is closer to 16 bit, 16 leaves activations as they are."
+                    ),
                 ),
                 io.Combo.Input(
                     "backend",
                     list(BACKENDS),
-                    tooltip="auto: Triton where it runs, PyTorch elsewhere. pytorch is slow and runs anywhere.",
+                    tooltip=(
+                        "Which kernels compute the 4-bit layers: auto uses Triton where it can run, pytorch is "
+                        "slower and runs everywhere."
+                    ),
                 ),
                 io.Combo.Input(
                     "lora",
                     list(LORA_MODES),
-                    tooltip="What ComfyUI's own LoRA loader does to 4-bit weights: keep the LoRA beside them, exactly, "
-                    "or round it into them (no extra work per step, less exact).",
+                    tooltip=(
+                        "How ComfyUI's own LoRA loaders act on 4-bit layers: side branch keeps the LoRA exact in "
+                        "16 bit, requantize rounds it into the 4-bit weights."
+                    ),
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, to be connected to a sampler.")],
         )
 
     @classmethod
@@ -118,6 +134,10 @@ class LoadModel(io.ComfyNode):
     def execute(
         cls, model_name: str, repo_id: str, revision: str, activation_bits: str, backend: str, lora: str
     ) -> io.NodeOutput:
+        from ..dirotq_core.single_file import read_native
+        from .hub import download
+        from .model import make_model, make_settings
+
         if repo_id.strip():
             into = Path(folder_paths.get_folder_paths(FOLDER)[0])
             path = download(repo_id.strip(), revision.strip() or "main", into)

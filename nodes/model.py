@@ -13,11 +13,8 @@ import torch
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file import NativeCheckpoint
 from ..kernels import backend
+from .choices import ACTIVATION_BITS, BACKENDS, LORA_MODES
 from .operations import Settings, make_operations
-
-BACKENDS = ("auto", "triton", "pytorch")
-LORA_MODES = ("side branch", "requantize")
-ACTIVATION_BITS = ("default", "4", "8", "16")
 
 #: What FLUX.1 and PixArt compute in, best first.
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32]
