@@ -14,8 +14,8 @@ BN = gl.constexpr(128)  # weight rows of a tile
 BK = gl.constexpr(128)
 BAND = gl.constexpr(8)
 
-# A flag's value once a part of a tile is left for another program, and zero again when that was taken. What else the
-# memory held before is not this: it needs no kernel that clears it.
+# A flag's value once a part of a tile is left for another program; zero again when that was taken. It takes no kernel
+# that clears flags, as no memory holds it by itself: both halves exceed any sum that lies there (K < 97,000).
 LEFT = gl.constexpr(0x5DC1_9B3E_72F0_A64D)
 # One thread of a warpgroup reads or writes flags; a barrier stands between that and what the others read or wrote.
 _AWAIT = gl.constexpr("""
