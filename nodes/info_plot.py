@@ -41,11 +41,16 @@ def _drawn(summary: Summary) -> torch.Tensor:
             axes[0].plot([i for i, _ in rows], [r.output_db if r.measured else np.nan for _, r in rows], ".")
     if known:
         axes[0].set_ylabel("SQNR, dB")
+        worst = summary.worst()[0]
+        i = summary.rows.index(worst)
+        side = "left" if 2 * i < len(summary.rows) else "right"  # the name stays inside the plot
+        axes[0].annotate(f" {worst.name} ", (i, worst.output_db or 0.0), fontsize=8, ha=side, va="center")
     axes[0].set_title(summary.title, fontsize=10)
     axes[-1].set_ylabel("bits per weight")
     axes[-1].set_xlabel("quantized linear, in the model's order")
     if summary.rows:
-        axes[-1].legend()
+        axes[-1].legend(loc="lower right")
+        axes[-1].set_ylim(0, 1.2 * max(r.bits for r in summary.rows))
     for ax in axes:
         ax.grid(alpha=0.3)
     canvas.draw()

@@ -118,11 +118,11 @@ def _raise_for_status(entry: Mapping[str, Any]) -> None:
 class Server:
     """A ComfyUI process on the CPU, started by `with`, stopped at its end.
 
-    packs: folder name in custom_nodes → folder to link there. first: folders put before everything on its PYTHONPATH.
+    packs: folder name in custom_nodes → folder to link there. env: variables beside our own, e.g. another HF_ENDPOINT.
     """
 
-    def __init__(self, checkout: Path, base: Path, packs: Mapping[str, Path], first: tuple[Path, ...] = ()):
-        self.checkout, self.base, self.first = checkout, base, first
+    def __init__(self, checkout: Path, base: Path, packs: Mapping[str, Path], env: Mapping[str, str] | None = None):
+        self.checkout, self.base, self.env = checkout, base, env or {}
         for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in packs.items():
@@ -138,8 +138,7 @@ class Server:
         command = [sys.executable, str(self.checkout / "main.py"), "--cpu", "--port", str(port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--disable-auto-launch"]
-        paths = [*map(str, self.first), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | self.env
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=self.base)
         try:

@@ -1,10 +1,14 @@
 """Model Info through the API: checkpoints on disk, loaded models, its plot, and its errors."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dirotq.dirotq_core.inspect import inspect_checkpoint
+from dirotq.nodes import info_plot, info_rows
 
 from . import graphs, models
 from .graphs import node
@@ -32,6 +36,31 @@ def test_a_dense_model(client):
     prompt = info(model=["model", 0]) | {"model": graphs.dense_flux()}
     text = client.run(prompt)["info"]["text"][0]
     assert text.startswith("Flux\n") and "bits per parameter on average" in text and "no layer is quantized" in text
+
+
+def test_a_quantized_weight_counts_with_its_side_tensors(monkeypatch):
+    """On a layout of comfy-kitchen's own, which holds its tensors as ours does."""
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    monkeypatch.setattr(info_rows, "LAYOUT", "TensorCoreFP8Layout")
+    weight = QuantizedTensor.from_float(torch.randn(32, 64), "TensorCoreFP8Layout")
+    network = torch.nn.Module()
+    network.first = torch.nn.Linear(64, 32)
+    network.first.weight = torch.nn.Parameter(weight, requires_grad=False)
+    summary = info_rows.of_model(SimpleNamespace(model=SimpleNamespace(diffusion_model=network)))
+    (row,) = summary.rows
+    codes, scale, bias = 32 * 64, 4, 32 * 4
+    assert (row.name, row.out_features, row.in_features) == ("first", 32, 64) and row.bytes == codes + scale
+    assert summary.total_bytes == codes + scale + bias and summary.parameters == 32 * 64 + 32
+    with pytest.raises(ValueError, match="no diffusion model"):
+        info_rows.of_model(object())
+
+
+def test_without_matplotlib_the_plot_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(info_plot, "find_spec", lambda name: None)
+    picture = info_plot.plot(info_rows.Summary("title", [], 0, 0))
+    assert picture.shape == (1, 540, 960, 3) and 0 <= picture.min() < 0.5 < picture.max() <= 1
+    assert "pip install matplotlib" in caplog.text
 
 
 @pytest.mark.parametrize(
