@@ -1,0 +1,220 @@
+"""`quantize_checkpoint`: from a folder or a Hub id to a folder, with one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..config import DiRotQConfig
+from ..files import read_headers
+from ..layout import SitePlan, plan_sites
+from ..report import QuantizationReport
+from ..solve import LinearReport
+from .blocks import Block, cut_into_blocks, pinned, read_ahead
+from .draw import draw_inputs
+from .estimate import check_space, estimate, host_limit
+from .journal import Journal, work_folder
+from .options import SAMPLES, EngineOptions
+from .output import assemble
+from .process import Workshop
+from .samples import Activations, read_samples
+from .source import Source, open_source, read_tensors
+
+logger = logging.getLogger(__name__)
+
+#: The work folder's layout; raised when older ones cannot be continued.
+WORK_VERSION = 1
+_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+
+
+def quantize_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    config: DiRotQConfig | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    call: dict[str, Any] | None = None,
+    options: EngineOptions | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize a pipeline on disk or on the Hub, block by block; write the result to the new folder `out`.
+
+    The dense model is never whole in memory. Finished blocks are kept in ``.NAME.partial`` beside `out`: after a kill, an
+    interrupt or a full disk the same call goes on where it stopped and ends with the same bytes.
+
+    Args:
+        model: folder of a pipeline (or, without prompts, of a transformer) or Hub id.
+        config: what to make; None for the default method.
+        prompts: calibration prompts; None or empty: data-free.
+        call: keyword arguments of the pipeline's call, numbers and strings.
+        options: how to calibrate and compute.
+
+    Returns:
+        The report, one row per linear; it is also in `out`.
+
+    Raises:
+        FileExistsError: `out` exists. ResumeError: unfinished work of another run is in the way.
+        CheckpointError: the model is damaged. ValueError: a bad value, or no recipe for the model.
+        OSError: a full disk, among others; finished blocks are kept.
+    """
+    target, options, call = Path(out), options or EngineOptions(), dict(call or {})
+    config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
+    images = images_of(prompts or [], options)
+    _check_call(call)
+    if target.exists() and not work_folder(target).exists():
+        raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
+    source = open_source(model)
+    if images and source.root is None:
+        raise ValueError(f"{model} is a transformer without its pipeline, which calibration runs; only data-free works")
+    skeleton = source.model(options.dtype)
+    plans = plan_sites(skeleton, config)
+    source.check(skeleton)
+    wanted = fingerprint(source, config, images, call, options)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with Journal(target, wanted) as journal:
+            if target.exists():
+                return _already_complete(journal, target)
+            blocks, outer = cut_into_blocks(skeleton, plans)
+            needs = estimate(source, skeleton, blocks, outer, config, len(images), call, options)
+            needs.check_gpu(options)
+            check_space(target, needs, journal.folder)
+            run = _Run(source, skeleton, plans, blocks, outer, config, options, journal, progress)
+            report = run.quantize(images, call)
+            assemble(journal, ["outer", *(b.name for b in blocks)], target, source, config, plans, report, options)
+            journal.remove()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror} while writing to {work_folder(target)}; what is finished is kept there: make room and "
+            "run the same command again",
+        ) from error
+    for note in report.notes():
+        logger.warning("%s", note)
+    return report
+
+
+def images_of(prompts: Sequence[str], options: EngineOptions) -> list[str]:
+    """The prompt of every image that is drawn. ValueError if `prompts` is no list of strings."""
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError("prompts must be a list of strings")
+    count = options.samples or min(len(prompts), SAMPLES)
+    return [prompts[i % len(prompts)] for i in range(count)] if prompts else []
+
+
+def _check_call(call: dict[str, Any]) -> None:
+    for name, value in call.items():
+        if name in ("prompt", "generator", "output_type", "num_images_per_prompt"):
+            raise ValueError(f"call must not hold {name!r}; calibration sets it for each prompt")
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise ValueError(
+                f"call[{name!r}] must be a number or a string, got {type(value).__name__}; pipelines that want an image "
+                "are calibrated in memory, with dirotq.quantize"
+            )
+
+
+def fingerprint(
+    source: Source, config: DiRotQConfig, images: Sequence[str], call: dict[str, Any], options: EngineOptions
+) -> dict[str, Any]:
+    """Everything the bytes of the result depend on, machine and versions of other packages aside."""
+    from ... import __version__
+
+    texts = json.dumps(list(images)).encode()
+    return {
+        "work": WORK_VERSION,
+        "dirotq": __version__,
+        "config": config.to_dict(),
+        "prompts": f"{len(images)} prompts, {hashlib.sha256(texts).hexdigest()[:16]}" if images else None,
+        "call": call if images else None,
+        "options": options.of_the_result(),
+        "model": source.identity(),
+    }
+
+
+def _already_complete(journal: Journal, target: Path) -> QuantizationReport:
+    """Killed between the last rename and the end: nothing is left to do but to clean up."""
+    if not journal.resumed:
+        raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
+    report = QuantizationReport.load(target)
+    if report is None:
+        raise FileExistsError(f"{target} exists already and was not made by dirotq; nothing is overwritten")
+    journal.remove()
+    return report
+
+
+class _Run:
+    """One run, from the first block to the last."""
+
+    def __init__(
+        self, source: Source, model: Any, plans: list[SitePlan], blocks: list[Block], outer: list[str],
+        config: DiRotQConfig, options: EngineOptions, journal: Journal, progress: bool,
+    ):  # fmt: skip
+        self.source, self.model, self.plans, self.blocks, self.outer = source, model, plans, blocks, outer
+        self.config, self.options, self.journal, self.progress = config, options, journal, progress
+
+    def quantize(self, images: list[str], call: dict[str, Any]) -> QuantizationReport:
+        notes = {b.name: self.journal.record(b.name) for b in self.blocks}
+        missing = [b for b in self.blocks if notes[b.name] is None]
+        if self.journal.record("outer") is None:
+            self.journal.commit("outer", self.source.read(self.outer, self.options.dtype), [])
+        if missing:
+            activations = self._activations(images, call) if images else None
+            workshop = Workshop(self.model, self.config, self.options, activations)
+            self._quantize_blocks(workshop, missing, notes)
+        report = QuantizationReport(self.config.method, self.config.activation_bits or 4)
+        for block in self.blocks:
+            report.linears += [LinearReport(**row) for row in notes[block.name] or []]
+        return report
+
+    def _activations(self, images: list[str], call: dict[str, Any]) -> Activations:
+        parts = draw_inputs(
+            self.source, self.blocks, self.outer, images, call, self.config.seed, self.options, self.journal,
+            self.progress,
+        )  # fmt: skip
+        samples = [s for part in parts for s in read_samples(self.journal.part(part))]
+        activations = Activations(
+            samples, self.blocks[0].recipe.returns, host_limit(self.options), self.journal.folder / "activations"
+        )
+        if activations.on_disk:
+            logger.warning("the blocks' inputs take %.1f GB and wait in files", activations.bytes / 1e9)
+        return activations
+
+    def _quantize_blocks(self, workshop: Workshop, missing: list[Block], notes: dict[str, Any]) -> None:
+        # What comes after the last missing block needs no inputs.
+        last = self.blocks.index(missing[-1])
+        upto = self.blocks[: last + 1] if workshop.activations is not None else missing
+        total = sum(b.weights for b in upto)
+        with tqdm(total=total, desc="quantizing", unit="w", unit_scale=True, disable=not self.progress) as bar:
+            for block, tensors in zip(upto, read_ahead(self._reads(upto, notes)), strict=True):
+                bar.set_postfix_str(block.name)
+                hand_on = workshop.activations is not None and block is not upto[-1]
+                if notes[block.name] is None:
+                    made, reports = workshop.quantize(block, tensors, hand_on)
+                    notes[block.name] = [r.to_dict() for r in reports]
+                    self.journal.commit(block.name, made, notes[block.name])
+                else:
+                    workshop.replay(block, tensors)
+                bar.update(block.weights)
+
+    def _reads(self, blocks: Sequence[Block], notes: dict[str, Any]) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
+        finished = {b.name for b in blocks if notes[b.name] is not None}
+        for block in blocks:
+            quantized = block.name in finished and self.options.sequential
+            yield partial(self._read, block, quantized)
+
+    def _read(self, block: Block, quantized: bool) -> dict[str, torch.Tensor]:
+        if quantized:
+            return pinned(read_tensors(read_headers([self.journal.part(block.name)])), self.options.device)
+        return pinned(self.source.read(block.tensors, self.options.dtype), self.options.device)
+
