@@ -40,11 +40,11 @@ def top_eigenvectors(matrix: torch.Tensor, rank: int, start: torch.Tensor | None
 def iterate_subspace(
     product: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, rank: int, start: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The top-`rank` eigenvectors U [K, r], float64, of the symmetric positive matrix A that `product(q)` = A q applies.
+    """The top-`rank` eigenvectors U [K, r], float64, of the symmetric positive A that `product(q)` = A q applies.
 
-    Subspace iteration with Rayleigh–Ritz (Halko, Martinsson, Tropp, arXiv 0909.4061) on twice the columns, until another
-    round gains less than 1e-7 of the captured trace: eigh of one float64 matrix of FLUX.1's width 15360 takes minutes on
-    a data-centre GPU.
+    Subspace iteration with Rayleigh–Ritz (Halko, Martinsson, Tropp, arXiv 0909.4061) on twice the columns, until
+    another round gains less than 1e-7 of the captured trace: eigh of one float64 matrix of FLUX.1's width 15360 takes
+    minutes on a data-centre GPU.
 
     Args:
         like: an empty tensor [K, 0] with the dtype and the device to compute in.
@@ -108,9 +108,7 @@ _Operator = tuple[Callable[[torch.Tensor], torch.Tensor], float]
 _Top = Callable[[float, float, torch.Tensor], torch.Tensor]
 
 
-def _exact_pair(
-    moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int
-) -> tuple[_Operator, _Operator, _Top]:
+def _exact_pair(moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int) -> tuple[_Operator, _Operator, _Top]:
     """C and G as matrices, in float64."""
     c = moment.double()
     c = (c + c.T) / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ def materialize(model: nn.Module, tensors: Mapping[str, torch.Tensor], device: t
 
 
 def release(module: nn.Module) -> None:
-    """Give the memory of a module's parameters back; their shapes stay. Buffers, which may be in no file, stay as well."""
+    """Give the memory of a module's parameters back; shapes stay, and so do buffers, which may be in no file."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None and not p.is_meta:
@@ -127,7 +127,7 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def read_ahead(jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
+def read_ahead(jobs: Iterator[Callable[[], T]]) -> Generator[T, None, None]:
     """The results of `jobs` in order; the next one runs on a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dirotq-read") as pool:
         ahead = None

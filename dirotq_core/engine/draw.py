@@ -1,7 +1,7 @@
 """The first block's inputs: the pipeline really draws, with its transformer's blocks streamed from the files.
 
-Text encoders, scheduler and guidance are the pipeline's own, and the trajectory is the dense model's. At every step of a
-batch of images each block is loaded, run on all of them, and dropped, so that the device never holds more than two.
+Text encoders, scheduler and guidance are the pipeline's own, and the trajectory is the dense model's. At every step of
+a batch of images each block is loaded, run on all of them, and dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from ..architectures.recipe import BlockRecipe
 from ..calibrate import held_out_prompts
 from ..layout import site_seed
 from .blocks import (
-    Arguments, Block, batch_size, bind, call_block, chunk_rows, materialize, pinned, read_ahead, release, take_rows,
+    Arguments,
+    Block,
+    batch_size,
+    bind,
+    call_block,
+    chunk_rows,
+    materialize,
+    pinned,
+    read_ahead,
+    release,
+    take_rows,
 )  # fmt: skip
 from .journal import Journal
 from .options import EngineOptions
@@ -62,9 +72,10 @@ def draw_inputs(
     pipeline = _load(source, model, options)
     held = len(prompts) - held_out_prompts(len(prompts))
     keep = partial(_keep, options=options, prompts=len(prompts), first_held_out=held)
-    with tqdm(total=len(missing), desc="drawing", unit="batch", disable=not progress) as bar, _streamed(
-        source, model, blocks, options
-    ) as capture:
+    with (
+        tqdm(total=len(missing), desc="drawing", unit="batch", disable=not progress) as bar,
+        _streamed(source, model, blocks, options) as capture,
+    ):
         for name, start in missing:
             batch = range(start, min(start + options.draw_batch, len(prompts)))
             samples: list[Sample] = []
@@ -223,4 +234,3 @@ def _in_chunks(module: nn.Module, recipe: BlockRecipe, arguments: Arguments, tok
     joined = {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
     values = tuple(joined[name] for name in recipe.returns)
     return values if len(values) > 1 else values[0]
-

@@ -24,8 +24,9 @@ from .source import Source
 
 #: Kernels, the allocator's slack, the context.
 GPU_OVERHEAD = 1.0e9
-#: K × K matrices that exist at once while a site is solved: the moment, that of v, and three of the factorization.
-SOLVER_MATRICES = 6
+#: K × K matrices that exist at once while a site is solved, beside its moment: that of v, three of the factorization,
+#: and the factorization's own workspace.
+SOLVER_MATRICES = 5
 #: Image tokens assumed where neither size nor the pipeline's parts say how many: 1024² pixels.
 IMAGE_TOKENS = 4096
 TEXT_TOKENS = 512
@@ -130,24 +131,29 @@ def estimate(
         images=images, inputs=inputs, tokens_per_input=tokens, dense_bytes=dense * size, output_bytes=output,
         copied_bytes=_copied(source, options), parts_bytes=output, input_bytes=input_bytes,
         spill_bytes=input_bytes if input_bytes > limit else 0,
-        gpu_bytes=int(
-            GPU_OVERHEAD + sum(state[n].numel() * size for n in outer) + 2 * max(block_bytes)
-            + max((_moments(b) + max(map(_solver, b.sites))) if images else max(map(_solver, b.sites))
-                  for b in blocks if b.sites)
-            + (chunk * (width * 4 + 8 * hidden) * size if images else 0)
-        ),
+        gpu_bytes=_gpu(state, blocks, outer, chunk * (4 * width + 8 * hidden) * size if images else 0, size),
         host_bytes=int(1e9 + 2 * max(block_bytes) + min(2 * input_bytes, limit) + _encoders(source, options, images)),
         operations=operations,
     )  # fmt: skip
+
+
+def _gpu(state: Any, blocks: Sequence[Block], outer: Sequence[str], activations: int, size: int) -> int:
+    """At the peak: while a block runs on its inputs, or while one of its sites is solved. No activations: data-free."""
+    peak = 0
+    for b in blocks:
+        weights = sum(state[n].numel() * size for n in b.tensors)
+        solving = max((_solver(s, activations > 0) for s in b.sites), default=0)
+        peak = max(peak, 2 * weights + (_moments(b) if activations else 0) + max(solving, activations))
+    return int(GPU_OVERHEAD + peak + (sum(state[n].numel() * size for n in outer) if activations else 0))
 
 
 def _moments(block: Block) -> int:
     return sum(4 * s.in_features ** (2 if s.method else 1) for s in block.sites)
 
 
-def _solver(site: SitePlan) -> int:
+def _solver(site: SitePlan, calibrated: bool) -> int:
     k, n = site.in_features, sum(site.out_features)
-    matrices = SOLVER_MATRICES * k * k * (8 if k <= DOUBLE_WIDTH else 4) if site.method else 0
+    matrices = SOLVER_MATRICES * k * k * (8 if k <= DOUBLE_WIDTH else 4) if site.method and calibrated else 0
     return matrices + 6 * n * k * 4
 
 

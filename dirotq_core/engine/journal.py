@@ -1,8 +1,8 @@
 """The folder in which a run keeps its finished parts, so that a killed run can go on.
 
-It lies beside the output as ``.NAME.partial``. A part is a safetensors file and a record, a JSON file beside it with the
-part's size and SHA-256; the record is written after the part, and each appears under its name by a rename after its bytes
-are on the disk. A part without a fitting record does not exist.
+It lies beside the output as ``.NAME.partial``. A part is a safetensors file and a record, a JSON file beside it with
+the part's size and SHA-256; the record is written after the part, and each appears under its name by a rename after its
+bytes are on the disk. A part without a fitting record does not exist.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Journal:
         """Where the part called `name` lies, finished or not."""
         return self.folder / f"{name}.safetensors"
 
-    def record(self, name: str) -> dict[str, Any] | None:
+    def record(self, name: str) -> Any:
         """What was noted of the finished part called `name`; None if it is not finished or its bytes have changed."""
         file = self.part(name)
         try:

@@ -72,4 +72,3 @@ def _plot(report: QuantizationReport, folder: Path) -> None:
         logger.warning("matplotlib is not installed: no %s (pip install dirotq[demo])", PLOT_NAME)
         return
     plot_by_depth(report, folder / PLOT_NAME)
-

@@ -92,4 +92,3 @@ class Workshop:
     def _call(self, block: Block, module: nn.Module, i: int) -> dict[str, Any]:
         assert self.activations is not None
         return call_block(module, block.recipe, to_device(self.activations.arguments(i), self.options.device))
-

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..report import QuantizationReport
 from ..solve import LinearReport
 from .blocks import Block, cut_into_blocks, pinned, read_ahead
 from .draw import draw_inputs
-from .estimate import check_space, estimate, host_limit
+from .estimate import Estimate, check_space, estimate, host_limit
 from .journal import Journal, work_folder
 from .options import SAMPLES, EngineOptions
 from .output import assemble
@@ -48,8 +49,8 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Quantize a pipeline on disk or on the Hub, block by block; write the result to the new folder `out`.
 
-    The dense model is never whole in memory. Finished blocks are kept in ``.NAME.partial`` beside `out`: after a kill, an
-    interrupt or a full disk the same call goes on where it stopped and ends with the same bytes.
+    The dense model is never whole in memory. Finished blocks are kept in ``.NAME.partial`` beside `out`: after a kill,
+    an interrupt or a full disk the same call goes on where it stopped and ends with the same bytes.
 
     Args:
         model: folder of a pipeline (or, without prompts, of a transformer) or Hub id.
@@ -105,6 +106,28 @@ def quantize_checkpoint(
     return report
 
 
+def plan_checkpoint(
+    model: str | Path,
+    config: DiRotQConfig | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    call: dict[str, Any] | None = None,
+    options: EngineOptions | None = None,
+) -> Estimate:
+    """What `quantize_checkpoint` would do and take with these arguments. No weights are fetched from the Hub."""
+    options, call = options or EngineOptions(), dict(call or {})
+    config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
+    images = images_of(prompts or [], options)
+    _check_call(call)
+    source = open_source(model, weights=Path(model).is_dir())
+    skeleton = source.model(options.dtype)
+    plans = plan_sites(skeleton, config)
+    if source.entries:
+        source.check(skeleton)
+    blocks, outer = cut_into_blocks(skeleton, plans)
+    return estimate(source, skeleton, blocks, outer, config, len(images), call, options)
+
+
 def images_of(prompts: Sequence[str], options: EngineOptions) -> list[str]:
     """The prompt of every image that is drawn. ValueError if `prompts` is no list of strings."""
     if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
@@ -119,8 +142,8 @@ def _check_call(call: dict[str, Any]) -> None:
             raise ValueError(f"call must not hold {name!r}; calibration sets it for each prompt")
         if not (value is None or isinstance(value, (bool, int, float, str))):
             raise ValueError(
-                f"call[{name!r}] must be a number or a string, got {type(value).__name__}; pipelines that want an image "
-                "are calibrated in memory, with dirotq.quantize"
+                f"call[{name!r}] must be a number or a string, got {type(value).__name__}; pipelines that want an "
+                "image are calibrated in memory, with dirotq.quantize"
             )
 
 
@@ -128,12 +151,11 @@ def fingerprint(
     source: Source, config: DiRotQConfig, images: Sequence[str], call: dict[str, Any], options: EngineOptions
 ) -> dict[str, Any]:
     """Everything the bytes of the result depend on, machine and versions of other packages aside."""
-    from ... import __version__
-
+    package = sys.modules[(__package__ or "").removesuffix(".dirotq_core.engine")]
     texts = json.dumps(list(images)).encode()
     return {
         "work": WORK_VERSION,
-        "dirotq": __version__,
+        "dirotq": package.__version__,
         "config": config.to_dict(),
         "prompts": f"{len(images)} prompts, {hashlib.sha256(texts).hexdigest()[:16]}" if images else None,
         "call": call if images else None,
@@ -174,7 +196,7 @@ class _Run:
             self._quantize_blocks(workshop, missing, notes)
         report = QuantizationReport(self.config.method, self.config.activation_bits or 4)
         for block in self.blocks:
-            report.linears += [LinearReport(**row) for row in notes[block.name] or []]
+            report.linears += [LinearReport(**row) for row in notes[block.name]]
         return report
 
     def _activations(self, images: list[str], call: dict[str, Any]) -> Activations:
@@ -217,4 +239,3 @@ class _Run:
         if quantized:
             return pinned(read_tensors(read_headers([self.journal.part(block.name)])), self.options.device)
         return pinned(self.source.read(block.tensors, self.options.dtype), self.options.device)
-

@@ -35,7 +35,7 @@ def write_safetensors(
             if isinstance(t, TensorEntry):
                 _copy(t, f)
             else:
-                f.write(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _bytes(t: torch.Tensor | TensorEntry) -> int:

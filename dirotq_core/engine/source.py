@@ -53,7 +53,7 @@ class Source:
         return model
 
     def check(self, model: torch.nn.Module) -> None:
-        """Raise CheckpointError unless the files hold the tensors of `model`, in a floating-point dtype of 16 or 32 bit.
+        """Raise CheckpointError unless the files hold the tensors of `model`, as floats of 16 or 32 bit.
 
         Tensors that the model has no use for are reported and left out, as `from_pretrained` does.
         """
@@ -66,8 +66,8 @@ class Source:
         for name, entry in used.items():
             if entry.dtype not in DENSE_DTYPES:
                 raise CheckpointError(
-                    f"tensor {name!r} has dtype {entry.dtype}; dirotq quantizes bfloat16, float16 or float32 weights, so "
-                    "give it the original model"
+                    f"tensor {name!r} has dtype {entry.dtype}; dirotq quantizes bfloat16, float16 or float32 weights, "
+                    "so give it the original model"
                 )
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
