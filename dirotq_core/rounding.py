@@ -86,20 +86,24 @@ def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Roun
         return replace(round_nearest(w, fmt, importance), fallback=note)
     scale = search_scales(w, fmt, importance)
     columns = fmt.expand(scale, w.shape[1])[:, order]
+    divisors = torch.where(columns > 0, columns, torch.inf)  # of an all-zero row: what is divided becomes zero
+    midpoints, codes, values = fmt.decision(w.device)
     work = w.float()[:, order].clone()
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=w.device)
+    chosen = torch.empty(work.shape, dtype=torch.uint8, device=w.device)
     for start in range(0, work.shape[1], GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, work.shape[1])
         block, u = work[:, start:stop], factor[start:stop, start:stop]
+        pivots = u.diagonal()
         errors = torch.empty_like(block)
+        # One column after the other: on a GPU the time is that of launching these few operations.
         for i in range(stop - start):
-            column, s = block[:, i], columns[:, start + i]
-            code = fmt.encode(_divide(column, s))
-            codes[:, start + i] = code
-            errors[:, i] = (column - fmt.decode(code) * s) / u[i, i]
+            column, j = block[:, i], start + i
+            entry = torch.bucketize(column / divisors[:, j], midpoints, out_int32=True)
+            chosen[:, j] = entry
+            errors[:, i] = (column - values[entry] * columns[:, j]) / pivots[i]
             block[:, i + 1 :] -= torch.outer(errors[:, i], u[i, i + 1 :])
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Rounded(codes[:, order.argsort()], scale, note)
+    return Rounded(codes[chosen.int()][:, order.argsort()], scale, note)
 
 
 def _inverse_cholesky(h: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, str | None]:

@@ -206,8 +206,9 @@ class _Run:
         )  # fmt: skip
         samples = [s for part in parts for s in read_samples(self.journal.part(part))]
         activations = Activations(
-            samples, self.blocks[0].recipe.returns, host_limit(self.options), self.journal.folder / "activations"
-        )
+            samples, self.blocks[0].recipe.returns, host_limit(self.options), self.journal.folder / "activations",
+            pinned=self.options.device.startswith("cuda"),
+        )  # fmt: skip
         if activations.on_disk:
             logger.warning("the blocks' inputs take %.1f GB and wait in files", activations.bytes / 1e9)
         return activations

@@ -70,14 +70,22 @@ class Activations:
     """What the blocks hand on, per sample: at first the samples' own, then what was last put.
 
     Kept in memory, or in one file that is mapped into it where it would be more than `limit` bytes.
+
+    Args:
+        names: of the arguments that change from block to block. scratch: the file.
+        pinned: keep them in memory that a GPU copies to and from without waiting.
     """
 
-    def __init__(self, samples: list[Sample], names: tuple[str, ...], limit: float, scratch: Path):
+    def __init__(
+        self, samples: list[Sample], names: tuple[str, ...], limit: float, scratch: Path, pinned: bool = False
+    ):
+        self._pinned = pinned
         self.samples = samples
         self._current: list[Arguments] = [{n: s.arguments[n] for n in names} for s in samples]
         self._buffers: list[Arguments | None] = [None] * len(samples)
         self.bytes = sum(t.numel() * t.element_size() for current in self._current for t in current.values())
         self._scratch = scratch if self.bytes > limit else None
+        self._pinned &= self._scratch is None
         self._used = 0
         if self._scratch is not None:
             # Reserved now: a full disk is an error here, and a crash once the file is mapped.
@@ -99,12 +107,13 @@ class Activations:
         if buffers is None:
             buffers = self._buffers[i] = {n: self._allocate(t) for n, t in results.items()}
         for name, tensor in results.items():
-            buffers[name].copy_(tensor)
+            # Without waiting only into pinned memory, which is read again in the order of the GPU's own work.
+            buffers[name].copy_(tensor, non_blocking=self._pinned)
         self._current[i] = buffers
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         if self._scratch is None:
-            return torch.empty(like.shape, dtype=like.dtype)
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._pinned)
         size = prod(like.shape) * like.dtype.itemsize
         start = self._used
         self._used += -(-size // 64) * 64

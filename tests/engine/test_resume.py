@@ -139,7 +139,7 @@ def test_a_full_disk(flux, reference, tmp_path, monkeypatch):
         real(path, *args)
 
     monkeypatch.setattr(journal, "write_safetensors", write)
-    with pytest.raises(OSError, match="No space left.*what is finished is kept there: make room and run the same"):
+    with pytest.raises(OSError, match=r"No space left.*what is finished is kept there: make room and run the same"):
         flux.run(out)
     assert not out.exists() and not list(work_folder(out).glob("*.tmp"))
     assert len(list(work_folder(out).glob("*.safetensors"))) == 4
