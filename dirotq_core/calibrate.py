@@ -53,6 +53,7 @@ class Calibration:
         moments: per site owner, `SecondMoment`. held_out: per site owner, tokens [≤ 512, K] in the model's dtype.
         holding_out: whether what is observed next is kept as held-out tokens instead of being summed.
         rows_per_call: how many held-out tokens are kept of each call.
+        kept: the held-out tokens by call. sample: a number of the present call, which random tokens depend on.
     """
 
     def __init__(self, model: torch.nn.Module, plans: Sequence[SitePlan], tokens_per_sample: int | None = None):
@@ -64,14 +65,15 @@ class Calibration:
             p.owner: SecondMoment(p.in_features, diagonal=p.transform is None, device="cpu" if host else None)
             for p in plans
         }
-        self._kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
+        self.kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
         self.ran = False
+        self.sample = 0
         self.holding_out = False
         self.rows_per_call = HELD_OUT_TOKENS
 
     @property
     def held_out(self) -> dict[str, torch.Tensor]:
-        return {name: torch.cat(rows)[:HELD_OUT_TOKENS] for name, rows in self._kept.items() if rows}
+        return {name: torch.cat(rows)[:HELD_OUT_TOKENS] for name, rows in self.kept.items() if rows}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -94,16 +96,16 @@ class Calibration:
             x = x.reshape(-1, x.shape[-1])
             # Evenly spaced rows of every call, so that all timesteps and both guidance halves are represented.
             rows = torch.linspace(0, len(x) - 1, min(self.rows_per_call, len(x))).long()
-            self._kept[owner].append(x[rows.to(x.device)].cpu())
+            self.kept[owner].append(x[rows.to(x.device)].cpu())
 
         return observe
 
     def _some_tokens(self, x: torch.Tensor, owner: str) -> torch.Tensor:
-        """x [B, T, K], or [B, t, K] with t = `tokens_per_sample` tokens that depend on what was seen before."""
+        """x [B, T, K], or [B, t, K] with t = `tokens_per_sample` tokens that depend on `sample`."""
         wanted = self.tokens_per_sample
         if wanted is None or x.ndim < 3 or x.shape[1] <= wanted:
             return x
-        generator = torch.Generator().manual_seed(site_seed(owner, self.moments[owner].tokens))
+        generator = torch.Generator().manual_seed(site_seed(owner, self.sample))
         return x[:, torch.randperm(x.shape[1], generator=generator)[:wanted].sort().values.to(x.device)]
 
     @torch.no_grad()

@@ -36,17 +36,22 @@ class SecondMoment:
         bound = sum(rows.float().square().sum(0) for rows in x.split(CHUNK))
         if not torch.isfinite(torch.as_tensor(bound)).all():
             raise ValueError("calibration activations hold NaN or infinity; is the model in a dtype it overflows?")
-        if self._sum is None:
-            self._sum = x.new_zeros(self._shape, dtype=torch.float32, device=self.device or x.device)
+        total = self.total(x.device)
         if self.diagonal:
-            self._sum += torch.as_tensor(bound, device=self._sum.device)
-        elif self._sum.device == x.device:
-            self._add_products(self._sum, x)
+            total += torch.as_tensor(bound, device=total.device)
+        elif total.device == x.device:
+            self._add_products(total, x)
         else:
             part = x.new_zeros(self._shape, dtype=torch.float32)
             self._add_products(part, x)
-            self._sum += part.to(self._sum.device)
+            total += part.to(total.device)
         self.tokens += len(x)
+
+    def total(self, device: torch.device) -> torch.Tensor:
+        """The sum itself [K, K] (or [K]), on its own device or, before the first token, on `device`."""
+        if self._sum is None:
+            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self.device or device)
+        return self._sum
 
     @staticmethod
     def _add_products(total: torch.Tensor, x: torch.Tensor) -> None:

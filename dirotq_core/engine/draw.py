@@ -33,6 +33,7 @@ from .blocks import (
     release,
     take_rows,
 )  # fmt: skip
+from .dist import World
 from .journal import Journal
 from .options import EngineOptions
 from .samples import Sample, pack_samples
@@ -52,7 +53,7 @@ def chosen_steps(image: int, steps: int, wanted: int) -> set[int]:
 
 def draw_inputs(
     source: Source, blocks: Sequence[Block], outer: Sequence[str], prompts: Sequence[str], call: dict[str, Any],
-    seed: int, options: EngineOptions, journal: Journal, progress: bool,
+    seed: int, options: EngineOptions, journal: Journal, world: World, progress: bool,
 ) -> list[str]:  # fmt: skip
     """Draw an image per prompt and keep the first block's inputs; each batch is a part of `journal`.
 
@@ -65,8 +66,17 @@ def draw_inputs(
     starts = range(0, len(prompts), options.draw_batch)
     parts = [f"inputs-{start:05d}" for start in starts]
     missing = [(name, start) for name, start in zip(parts, starts, strict=True) if journal.record(name) is None]
-    if not missing:
-        return parts
+    missing = world.mine(world.share(missing))
+    if missing:
+        _draw_parts(source, blocks, outer, prompts, call, seed, options, journal, missing, progress)
+    world.wait()
+    return parts
+
+
+def _draw_parts(
+    source: Source, blocks: Sequence[Block], outer: Sequence[str], prompts: Sequence[str], call: dict[str, Any],
+    seed: int, options: EngineOptions, journal: Journal, missing: list[tuple[str, int]], progress: bool,
+) -> None:  # fmt: skip
     model = source.model(options.dtype)
     materialize(model, source.read(outer, options.dtype), options.device)
     pipeline = _load(source, model, options)
@@ -86,7 +96,6 @@ def draw_inputs(
             bar.update()
     del pipeline, model
     gc.collect()  # text encoders in cycles of hooks
-    return parts
 
 
 def _load(source: Source, model: Any, options: EngineOptions) -> Any:

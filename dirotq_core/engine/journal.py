@@ -31,17 +31,19 @@ class Journal:
     Args:
         target: the output, beside which the work folder lies.
         fingerprint: everything the result depends on, by name. That of an existing work folder must be equal.
+        owner: False for a process that only helps the one that has locked the folder.
 
     Raises:
         ResumeError: another process works on it, or it was begun with another fingerprint.
     """
 
-    def __init__(self, target: Path, fingerprint: Mapping[str, Any]):
+    def __init__(self, target: Path, fingerprint: Mapping[str, Any], owner: bool = True):
         self.folder = work_folder(target)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
-            self._lock.acquire(timeout=0)
+            if owner:
+                self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ResumeError(f"another process is working in {self.folder}") from error
         try:

@@ -16,18 +16,26 @@ from ..linear import SiteMemo
 from ..quantize import solve_all
 from ..solve import LinearReport
 from .blocks import Block, call_block, materialize, release, to_device
+from .dist import World
 from .options import EngineOptions
 from .samples import Activations
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What the blocks of one run have in common. activations: None without calibration."""
+    """What the blocks of one run have in common.
+
+    Attributes:
+        activations: of this process's samples; None without calibration. held_out: how many samples of all processes
+            are held out.
+    """
 
     model: Any
     config: DiRotQConfig
     options: EngineOptions
     activations: Activations | None
+    held_out: int
+    world: World
 
     @torch.no_grad()
     def quantize(
@@ -47,7 +55,9 @@ class Workshop:
         calibration = Calibration(model, block.sites, self.options.tokens_per_sample)
         if self.activations is not None:
             self._observe(block, module, calibration, hand_on and not self.options.sequential)
-        report, solved = solve_all(model, block.sites, config, calibration, progress=False, consume=True)
+        world = self.world
+        solved = solve_all(model, world.mine(block.sites), config, calibration, progress=False, consume=True)[1]
+        solved = world.gather(solved)
         memo = SiteMemo()
         for plan, site in zip(block.sites, solved, strict=True):
             for name, quantized in solved_modules(model, plan, site, config, memo).items():
@@ -56,7 +66,7 @@ class Workshop:
         if hand_on and self.options.sequential:
             self._run(block, module)
         release(module)
-        return tensors, report.linears
+        return tensors, [report for site in solved for report in site.reports]
 
     @torch.no_grad()
     def replay(self, block: Block, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -76,13 +86,15 @@ class Workshop:
         assert self.activations is not None
         samples = self.activations.samples
         calibration.ran = True
-        calibration.rows_per_call = -(-HELD_OUT_TOKENS // max(1, sum(s.held_out for s in samples)))
+        calibration.rows_per_call = -(-HELD_OUT_TOKENS // max(1, self.held_out))
         with calibration.recording():
             for i, sample in enumerate(samples):
                 calibration.holding_out = sample.held_out
+                calibration.sample = self.world.rank + i * self.world.size
                 results = self._call(block, module, i)
                 if hand_on:
                     self.activations.put(i, results)
+        self.world.sum_statistics(calibration)
 
     def _run(self, block: Block, module: nn.Module) -> None:
         assert self.activations is not None

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from tqdm.auto import tqdm
 
 from ..config import DiRotQConfig
 from ..files import read_headers
-from ..layout import SitePlan, plan_sites
+from ..layout import plan_sites
 from ..report import QuantizationReport
 from ..solve import LinearReport
 from .blocks import Block, cut_into_blocks, pinned, read_ahead
+from .dist import World
 from .draw import draw_inputs
 from .estimate import Estimate, check_space, estimate, host_limit
 from .journal import Journal, work_folder
@@ -81,18 +83,22 @@ def quantize_checkpoint(
     source.check(skeleton)
     wanted = fingerprint(source, config, images, call, options)
     target.parent.mkdir(parents=True, exist_ok=True)
+    world = World.join()
+    options = replace(options, device=world.device(options.device))
     try:
-        with Journal(target, wanted) as journal:
-            if target.exists():
-                return _already_complete(journal, target)
+        with _journal(target, wanted, world) as journal:
+            if world.share(target.exists()):
+                return _already_complete(journal, target, world)
             blocks, outer = cut_into_blocks(skeleton, plans)
             needs = estimate(source, skeleton, blocks, outer, config, len(images), call, options)
             needs.check_gpu(options)
-            check_space(target, needs, journal.folder)
-            run = _Run(source, skeleton, plans, blocks, outer, config, options, journal, progress)
+            if world.first:
+                check_space(target, needs, journal.folder)
+            run = _Run(source, skeleton, blocks, outer, config, options, journal, world, progress and world.first)
             report = run.quantize(images, call)
-            assemble(journal, ["outer", *(b.name for b in blocks)], target, source, config, plans, report, options)
-            journal.remove()
+            if world.first:
+                assemble(journal, ["outer", *(b.name for b in blocks)], target, source, config, plans, report, options)
+                journal.remove()
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -101,7 +107,9 @@ def quantize_checkpoint(
             f"{error.strerror} while writing to {work_folder(target)}; what is finished is kept there: make room and "
             "run the same command again",
         ) from error
-    for note in report.notes():
+    finally:
+        world.leave()
+    for note in report.notes() if world.first else ():
         logger.warning("%s", note)
     return report
 
@@ -164,14 +172,26 @@ def fingerprint(
     }
 
 
-def _already_complete(journal: Journal, target: Path) -> QuantizationReport:
+def _journal(target: Path, wanted: dict[str, Any], world: World) -> Journal:
+    """The first process makes the work folder, or refuses it; the others follow."""
+    if world.first:
+        journal = Journal(target, wanted)
+        world.wait()
+        return journal
+    world.wait()
+    return Journal(target, wanted, owner=False)
+
+
+def _already_complete(journal: Journal, target: Path, world: World) -> QuantizationReport:
     """Killed between the last rename and the end: nothing is left to do but to clean up."""
     if not journal.resumed:
         raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
     report = QuantizationReport.load(target)
     if report is None:
         raise FileExistsError(f"{target} exists already and was not made by dirotq; nothing is overwritten")
-    journal.remove()
+    world.wait()
+    if world.first:
+        journal.remove()
     return report
 
 
@@ -179,39 +199,41 @@ class _Run:
     """One run, from the first block to the last."""
 
     def __init__(
-        self, source: Source, model: Any, plans: list[SitePlan], blocks: list[Block], outer: list[str],
-        config: DiRotQConfig, options: EngineOptions, journal: Journal, progress: bool,
+        self, source: Source, model: Any, blocks: list[Block], outer: list[str], config: DiRotQConfig,
+        options: EngineOptions, journal: Journal, world: World, progress: bool,
     ):  # fmt: skip
-        self.source, self.model, self.plans, self.blocks, self.outer = source, model, plans, blocks, outer
-        self.config, self.options, self.journal, self.progress = config, options, journal, progress
+        self.source, self.model, self.blocks, self.outer, self.config = source, model, blocks, outer, config
+        self.options, self.journal, self.world, self.progress = options, journal, world, progress
 
     def quantize(self, images: list[str], call: dict[str, Any]) -> QuantizationReport:
-        notes = {b.name: self.journal.record(b.name) for b in self.blocks}
+        notes = self.world.share({b.name: self.journal.record(b.name) for b in self.blocks if self.world.first})
         missing = [b for b in self.blocks if notes[b.name] is None]
-        if self.journal.record("outer") is None:
+        if self.world.first and self.journal.record("outer") is None:
             self.journal.commit("outer", self.source.read(self.outer, self.options.dtype), [])
         if missing:
-            activations = self._activations(images, call) if images else None
-            workshop = Workshop(self.model, self.config, self.options, activations)
+            activations, held_out = self._activations(images, call) if images else (None, 0)
+            workshop = Workshop(self.model, self.config, self.options, activations, held_out, self.world)
             self._quantize_blocks(workshop, missing, notes)
         report = QuantizationReport(self.config.method, self.config.activation_bits or 4)
         for block in self.blocks:
             report.linears += [LinearReport(**row) for row in notes[block.name]]
         return report
 
-    def _activations(self, images: list[str], call: dict[str, Any]) -> Activations:
+    def _activations(self, images: list[str], call: dict[str, Any]) -> tuple[Activations, int]:
+        """Those of this process's samples, and how many samples of all are held out."""
         parts = draw_inputs(
             self.source, self.blocks, self.outer, images, call, self.config.seed, self.options, self.journal,
-            self.progress,
+            self.world, self.progress,
         )  # fmt: skip
         samples = [s for part in parts for s in read_samples(self.journal.part(part))]
         activations = Activations(
-            samples, self.blocks[0].recipe.returns, host_limit(self.options), self.journal.folder / "activations",
+            self.world.mine(samples), self.blocks[0].recipe.returns, host_limit(self.options) / self.world.size,
+            self.journal.folder / f"activations-{self.world.rank}",
             pinned=self.options.device.startswith("cuda"),
         )  # fmt: skip
         if activations.on_disk:
             logger.warning("the blocks' inputs take %.1f GB and wait in files", activations.bytes / 1e9)
-        return activations
+        return activations, sum(s.held_out for s in samples)
 
     def _quantize_blocks(self, workshop: Workshop, missing: list[Block], notes: dict[str, Any]) -> None:
         # What comes after the last missing block needs no inputs.
@@ -225,7 +247,8 @@ class _Run:
                 if notes[block.name] is None:
                     made, reports = workshop.quantize(block, tensors, hand_on)
                     notes[block.name] = [r.to_dict() for r in reports]
-                    self.journal.commit(block.name, made, notes[block.name])
+                    if self.world.first:
+                        self.journal.commit(block.name, made, notes[block.name])
                 else:
                     workshop.replay(block, tensors)
                 bar.update(block.weights)
