@@ -15,7 +15,7 @@ import psutil
 
 from ..checkpoint import checkpoint_tensors
 from ..config import DiRotQConfig
-from ..files import read_json
+from ..files import read_headers, read_json
 from ..layout import SitePlan
 from ..rounding import DOUBLE_WIDTH
 from .blocks import Block
@@ -131,7 +131,11 @@ def estimate(
         images=images, inputs=inputs, tokens_per_input=tokens, dense_bytes=dense * size, output_bytes=output,
         copied_bytes=_copied(source, options), parts_bytes=output, input_bytes=input_bytes,
         spill_bytes=input_bytes if input_bytes > limit else 0,
-        gpu_bytes=_gpu(state, blocks, outer, chunk * (4 * width + 8 * hidden) * size if images else 0, size),
+        gpu_bytes=max(
+            _gpu(state, blocks, outer, chunk * (4 * width + 8 * hidden) * size if images else 0, size),
+            int(GPU_OVERHEAD + _largest_part(source, size)) if images else 0,
+            int(GPU_OVERHEAD + 2 * max(block_bytes) + 3 * min(images, options.draw_batch) * guided * tokens * hidden * size),
+        ),
         host_bytes=int(1e9 + 2 * max(block_bytes) + min(2 * input_bytes, limit) + _encoders(source, options, images)),
         operations=operations,
     )  # fmt: skip
@@ -145,6 +149,15 @@ def _gpu(state: Any, blocks: Sequence[Block], outer: Sequence[str], activations:
         solving = max((_solver(s, activations > 0) for s in b.sites), default=0)
         peak = max(peak, 2 * weights + (_moments(b) if activations else 0) + max(solving, activations))
     return int(GPU_OVERHEAD + peak + (sum(state[n].numel() * size for n in outer) if activations else 0))
+
+
+def _largest_part(source: Source, size: int) -> int:
+    """Bytes of the pipeline's largest text encoder, which is on the GPU before the transformer."""
+    if source.root is None:
+        return 0
+    parts = [source.root / c for c in source.components() if source.root / c != source.folder]
+    headers = [read_headers(sorted(part.glob("*.safetensors"))) for part in parts]
+    return max((sum(prod(e.shape) * size for e in entries.values()) for entries in headers), default=0)
 
 
 def _moments(block: Block) -> int:

@@ -43,7 +43,7 @@ class EngineOptions:
     device: str = "cpu"
     max_gpu_memory: float | None = None
     max_host_memory: float | None = None
-    draw_batch: int = 16
+    draw_batch: int = 32
     chunk_tokens: int = 8192
 
     def __post_init__(self) -> None:

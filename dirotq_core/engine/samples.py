@@ -25,14 +25,16 @@ class Sample:
 
 
 def pack_samples(samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file that holds `samples`; equal tensors are stored once."""
+    """Tensors and metadata of a safetensors file that holds `samples`.
+
+    Nested tensors, which belong to all rows of a batch and mostly to all calls (rotary embeddings), are stored once.
+    """
     tensors: dict[str, torch.Tensor] = {}
 
-    def pack(value: Any) -> Any:
+    def pack(value: Any, nested: bool = True) -> Any:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu().contiguous()
-            data = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
-            key = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode() + bytes(data)).hexdigest()[:32]
+            key = _digest(value) if nested else f"{len(tensors):06d}"
             tensors[key] = value
             return {"tensor": key}
         if isinstance(value, (tuple, list)):
@@ -43,8 +45,13 @@ def pack_samples(samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[s
             return {"value": value}
         raise ValueError(f"a block is called with a {type(value).__name__}, which the engine cannot store")
 
-    form = [{"held_out": s.held_out, "arguments": {k: pack(v) for k, v in s.arguments.items()}} for s in samples]
+    form = [{"held_out": s.held_out, "arguments": {k: pack(v, False) for k, v in s.arguments.items()}} for s in samples]
     return tensors, {"samples": json.dumps(form)}
+
+
+def _digest(t: torch.Tensor) -> str:
+    data = t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode() + data).hexdigest()[:32]
 
 
 def read_samples(file: Path) -> list[Sample]:
