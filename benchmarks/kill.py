@@ -31,8 +31,8 @@ model = MODELS[sys.argv[1]]
 captions = [s.caption() for s in prompts(4, seed=5, held_out=False)]
 print("ready", flush=True)
 quantize_checkpoint(
-    model.folder, sys.argv[2], dirotq.DiRotQConfig(basis="pca"), captions, call={**model.call, "num_inference_steps": 4},
-    options=EngineOptions(timesteps=2, draw_batch=2), progress=False,
+    model.folder, sys.argv[2], dirotq.DiRotQConfig(basis="pca"), captions, progress=False,
+    call={**model.call, "num_inference_steps": 4}, options=EngineOptions(timesteps=2, draw_batch=2),
 )
 """
 

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         left = "what is finished stays in the folder" if args.command == "demo" else "nothing was written"
-        if args.command == "quantize" and not args.in_memory:
-            left = "finished blocks are kept, run the same command again to go on"
+        if args.command == "quantize":
+            left = cli_quantize.what_is_left(args)
         print(f"dirotq {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
     return 0

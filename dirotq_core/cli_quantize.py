@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ def run(args: argparse.Namespace) -> None:
     (_in_memory if args.in_memory else _streaming)(args, config, prompts, call, device)
 
 
+def what_is_left(args: argparse.Namespace) -> str:
+    """Of an interrupted run, for people."""
+    from .engine.journal import work_folder
+
+    work = work_folder(args.out)
+    if args.in_memory or not work.exists():
+        return "nothing was written"
+    return f"what is finished is kept in {work}, run the same command again to go on"
+
+
 def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: dict, device: str) -> None:
     import torch
 
@@ -140,7 +151,8 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
         print(plan_checkpoint(args.model, config, prompts, call=call, options=options).text())
         return
     quantize_checkpoint(args.model, args.out, config, prompts, call=call, options=options)
-    print(format_table(inspect_checkpoint(args.out), limit=0))
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
+        print(format_table(inspect_checkpoint(args.out), limit=0))
 
 
 #: Options that mean something to the streaming engine alone.

@@ -41,7 +41,10 @@ class World:
             raise ValueError("the engine runs on one machine: its processes share the work folder")
         joined = not dist.is_initialized()
         if joined:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(backend, timeout=TIMEOUT)
         return World(dist.get_rank(), dist.get_world_size(), joined)
 

@@ -115,6 +115,7 @@ def estimate(
     input_bytes = inputs * tokens * hidden * size
     limit = host_limit(options)
     chunk = max(tokens, min(options.chunk_tokens, tokens * max(1, inputs)))
+    drawn_at_once = min(images, options.draw_batch)
     dense = sum(t.numel() for t in state.values())
     weights = sum(b.weights for b in blocks)
     operations = 0.0
@@ -134,7 +135,7 @@ def estimate(
         gpu_bytes=max(
             _gpu(state, blocks, outer, chunk * (4 * width + 8 * hidden) * size if images else 0, size),
             int(GPU_OVERHEAD + _largest_part(source, size)) if images else 0,
-            int(GPU_OVERHEAD + 2 * max(block_bytes) + 3 * min(images, options.draw_batch) * guided * tokens * hidden * size),
+            int(GPU_OVERHEAD + 2 * max(block_bytes) + 3 * drawn_at_once * guided * tokens * hidden * size),
         ),
         host_bytes=int(1e9 + 2 * max(block_bytes) + min(2 * input_bytes, limit) + _encoders(source, options, images)),
         operations=operations,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,16 +23,15 @@ from .dist import World
 from .draw import draw_inputs
 from .estimate import Estimate, check_space, estimate, host_limit
 from .journal import Journal, work_folder
-from .options import SAMPLES, EngineOptions
+from .options import EngineOptions
 from .output import assemble
 from .process import Workshop
+from .request import check_call, fingerprint, images_of
 from .samples import Activations, read_samples
 from .source import Source, open_source, read_tensors
 
 logger = logging.getLogger(__name__)
 
-#: The work folder's layout; raised when older ones cannot be continued.
-WORK_VERSION = 1
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 
@@ -72,7 +68,7 @@ def quantize_checkpoint(
     target, options, call = Path(out), options or EngineOptions(), dict(call or {})
     config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
     images = images_of(prompts or [], options)
-    _check_call(call)
+    check_call(call)
     if target.exists() and not work_folder(target).exists():
         raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
     source = open_source(model)
@@ -126,7 +122,7 @@ def plan_checkpoint(
     options, call = options or EngineOptions(), dict(call or {})
     config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
     images = images_of(prompts or [], options)
-    _check_call(call)
+    check_call(call)
     source = open_source(model, weights=Path(model).is_dir())
     skeleton = source.model(options.dtype)
     plans = plan_sites(skeleton, config)
@@ -134,42 +130,6 @@ def plan_checkpoint(
         source.check(skeleton)
     blocks, outer = cut_into_blocks(skeleton, plans)
     return estimate(source, skeleton, blocks, outer, config, len(images), call, options)
-
-
-def images_of(prompts: Sequence[str], options: EngineOptions) -> list[str]:
-    """The prompt of every image that is drawn. ValueError if `prompts` is no list of strings."""
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError("prompts must be a list of strings")
-    count = options.samples or min(len(prompts), SAMPLES)
-    return [prompts[i % len(prompts)] for i in range(count)] if prompts else []
-
-
-def _check_call(call: dict[str, Any]) -> None:
-    for name, value in call.items():
-        if name in ("prompt", "generator", "output_type", "num_images_per_prompt"):
-            raise ValueError(f"call must not hold {name!r}; calibration sets it for each prompt")
-        if not (value is None or isinstance(value, (bool, int, float, str))):
-            raise ValueError(
-                f"call[{name!r}] must be a number or a string, got {type(value).__name__}; pipelines that want an "
-                "image are calibrated in memory, with dirotq.quantize"
-            )
-
-
-def fingerprint(
-    source: Source, config: DiRotQConfig, images: Sequence[str], call: dict[str, Any], options: EngineOptions
-) -> dict[str, Any]:
-    """Everything the bytes of the result depend on, machine and versions of other packages aside."""
-    package = sys.modules[(__package__ or "").removesuffix(".dirotq_core.engine")]
-    texts = json.dumps(list(images)).encode()
-    return {
-        "work": WORK_VERSION,
-        "dirotq": package.__version__,
-        "config": config.to_dict(),
-        "prompts": f"{len(images)} prompts, {hashlib.sha256(texts).hexdigest()[:16]}" if images else None,
-        "call": call if images else None,
-        "options": options.of_the_result(),
-        "model": source.identity(),
-    }
 
 
 def _journal(target: Path, wanted: dict[str, Any], world: World) -> Journal:

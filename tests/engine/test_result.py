@@ -24,9 +24,11 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 def test_the_same_codes_as_in_memory(short, calibrated, tmp_path):
     """From the same statistics: every step of every prompt, one prompt at a time, blocks fed by dense blocks."""
     prompts = CAPTIONS if calibrated else []
-    report = short.run(tmp_path / "out", {}, prompts, sequential=False, draw_batch=1)
+    # The widest take longest.
+    config = {"modules_to_not_convert": ["ff.net.2", "single_transformer_blocks.1"]}
+    report = short.run(tmp_path / "out", config, prompts, sequential=False, draw_batch=1)
     pipeline = load_pipeline(short.model.name, torch_dtype=torch.bfloat16)
-    expected = dirotq.quantize(pipeline, None, prompts, call=short.call, progress=False)
+    expected = dirotq.quantize(pipeline, dirotq.DiRotQConfig(**config), prompts, call=short.call, progress=False)
     assert report == expected == QuantizationReport.load(tmp_path / "out")
     pipeline.transformer.save_pretrained(tmp_path / "memory")
     ours, theirs = load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "memory" / WEIGHTS.split("/")[1])
@@ -99,7 +101,7 @@ def test_float32(flux, tmp_path):
     assert tensors["x_embedder.weight"].dtype == torch.float32
 
 
-def test_every_method(flux, tmp_path):
-    for method in ("paper", "svdquant", "rtn"):
+def test_other_methods(flux, tmp_path):
+    for method in ("paper", "svdquant"):
         report = flux.run(tmp_path / method, {"method": method}, transformer_only=True)
         assert report.median_output_db > 8

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dirotq.dirotq_core.cli import main
-from dirotq.dirotq_core.engine import estimate, journal, process, run
+from dirotq.dirotq_core.engine import estimate, journal, process, request
 from dirotq.dirotq_core.engine.journal import Journal, ResumeError, work_folder
 
 from .conftest import CAPTIONS, tree
@@ -120,7 +120,7 @@ def test_interrupt_on_the_command_line(flux, tmp_path, monkeypatch, capsys):
                "2", "--height", "128", "--width", "128", "--rounding", "nearest", "--device", "cpu"]  # fmt: skip
     stop_at(monkeypatch, "single_transformer_blocks.0", KeyboardInterrupt)
     assert main(command) == 130
-    assert "finished blocks are kept, run the same command again to go on" in capsys.readouterr().err
+    assert "out.partial, run the same command again to go on" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert main(command) == 0
@@ -208,6 +208,6 @@ def test_work_version_is_in_the_fingerprint(flux, tmp_path, monkeypatch):
     stop_at(monkeypatch, "transformer_blocks.0", Cut)
     with pytest.raises(Cut):
         flux.run(tmp_path / "out")
-    monkeypatch.setattr(run, "WORK_VERSION", 0)
+    monkeypatch.setattr(request, "WORK_VERSION", 0)
     with pytest.raises(ResumeError, match="work was 1 and is 0"):
         flux.run(tmp_path / "out")
