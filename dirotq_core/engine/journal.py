@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 
 from .shards import write_safetensors
 
+RUN, LOCK = "run.json", "lock"
+
 
 class ResumeError(ValueError):
     """The work folder belongs to another run than the one asked for; the message names what differs."""
@@ -40,7 +42,7 @@ class Journal:
     def __init__(self, target: Path, fingerprint: Mapping[str, Any], owner: bool = True):
         self.folder = work_folder(target)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock")
+        self._lock = FileLock(self.folder / LOCK)
         try:
             if owner:
                 self._lock.acquire(timeout=0)
@@ -62,7 +64,7 @@ class Journal:
         self._lock.release()
 
     def _check(self, fingerprint: dict[str, Any]) -> bool:
-        file = self.folder / "run.json"
+        file = self.folder / RUN
         fingerprint = json.loads(json.dumps(fingerprint))
         if not file.exists():
             write_atomically(file, json.dumps(fingerprint, indent=1).encode())
@@ -113,7 +115,13 @@ class Journal:
         write_atomically(file.with_suffix(".json"), json.dumps(record).encode())
 
     def remove(self) -> None:
-        """Forget everything; the run is over."""
+        """Forget everything; the run is over. Its description goes last: killed here, it is still known what ended."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (RUN, LOCK):
+                path.unlink()
+        (self.folder / RUN).unlink()
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

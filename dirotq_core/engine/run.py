@@ -145,6 +145,8 @@ def _journal(target: Path, wanted: dict[str, Any], world: World) -> Journal:
 def _already_complete(journal: Journal, target: Path, world: World) -> QuantizationReport:
     """Killed between the last rename and the end: nothing is left to do but to clean up."""
     if not journal.resumed:
+        if world.first:
+            journal.remove()
         raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
     report = QuantizationReport.load(target)
     if report is None:

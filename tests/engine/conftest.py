@@ -47,8 +47,14 @@ def flux():
 
 
 @pytest.fixture(scope="session")
-def reference(flux, tmp_path_factory):
-    """Files of an undisturbed run."""
+def undisturbed(flux, tmp_path_factory):
+    """The folder of a run that nothing happened to."""
     out = tmp_path_factory.mktemp("reference") / "out"
     flux.run(out)
-    return tree(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def reference(undisturbed):
+    """Its files' digests."""
+    return tree(undisturbed)

@@ -21,14 +21,14 @@ def launch(folder, out, processes):
     subprocess.run([sys.executable, *command], check=True, timeout=200, cwd=Path(__file__).parents[3])
 
 
-def test_two_processes(flux, tmp_path):
-    alone = flux.run(tmp_path / "alone")
+def test_two_processes(undisturbed, tmp_path):
     launch(tmp_path, tmp_path / "two", 2)
     assert not work_folder(tmp_path / "two").exists()
-    together = QuantizationReport.load(tmp_path / "two")
+    alone, together = QuantizationReport.load(undisturbed), QuantizationReport.load(tmp_path / "two")
     assert [(r.name, r.tokens) for r in together.linears] == [(r.name, r.tokens) for r in alone.linears]
     assert abs(together.median_output_db - alone.median_output_db) < 1
-    a, b = (load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("alone", "two"))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    a, b = load_file(undisturbed / weights), load_file(tmp_path / "two" / weights)
     first = [n for n in a if n.startswith("transformer_blocks.0.") and a[n].dtype == torch.uint8]
     assert a.keys() == b.keys() and first
     # Later blocks see inputs that differ where a code of an earlier one does.

@@ -155,11 +155,16 @@ def test_too_little_room_is_said_before_anything_is_written(flux, tmp_path, monk
     assert not list(work_folder(tmp_path / "out").glob("*.safetensors"))
 
 
-def test_killed_after_the_last_rename(flux, reference, tmp_path, monkeypatch):
-    def cut(self):
-        raise Cut
+def test_killed_while_cleaning_up(flux, reference, tmp_path, monkeypatch):
+    real, left = Path.unlink, [0]
 
-    monkeypatch.setattr(Journal, "remove", cut)
+    def unlink(path, *args, **kwargs):
+        left[0] += path.suffix == ".safetensors"
+        if left[0] > 2:
+            raise Cut
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
     with pytest.raises(Cut):
         flux.run(tmp_path / "out")
     monkeypatch.undo()
