@@ -86,6 +86,12 @@ def _add_calibration(group: Any) -> None:
 
 def _add_machine(group: Any) -> None:
     group.add_argument("--device", default=None, help="cpu, cuda, … (default: cuda if there is one)")
+    group.add_argument(
+        "--draw-batch",
+        type=positive,
+        metavar="N",
+        help="images drawn at once; every step of a batch reads the model once (default: 32)",
+    )
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     group.add_argument("--max-gpu-memory", type=positive_number, metavar="GB", help="use no more of the GPU")
     group.add_argument(
@@ -141,7 +147,12 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
     from .engine import EngineOptions, plan_checkpoint, quantize_checkpoint
     from .inspect import format_table, inspect_checkpoint
 
-    given = {"samples": args.samples, "timesteps": args.timesteps, "tokens_per_sample": args.tokens_per_sample}
+    given = {
+        "samples": args.samples,
+        "timesteps": args.timesteps,
+        "tokens_per_sample": args.tokens_per_sample,
+        "draw_batch": args.draw_batch,
+    }
     options = EngineOptions(
         sequential=not args.parallel, transformer_only=args.transformer_only, dtype=getattr(torch, args.dtype),
         device=device, max_gpu_memory=args.max_gpu_memory, max_host_memory=args.max_host_memory,
@@ -157,7 +168,7 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
 
 #: Options that mean something to the streaming engine alone.
 STREAMING_ONLY = (
-    "dry_run", "samples", "timesteps", "tokens_per_sample", "sequential", "parallel", "max_gpu_memory",
+    "dry_run", "samples", "timesteps", "tokens_per_sample", "sequential", "parallel", "draw_batch", "max_gpu_memory",
     "max_host_memory",
 )  # fmt: skip
 

@@ -83,17 +83,22 @@ def _draw_parts(
     held = len(prompts) - held_out_prompts(len(prompts))
     keep = partial(_keep, options=options, prompts=len(prompts), first_held_out=held)
     with (
-        tqdm(total=len(missing), desc="drawing", unit="batch", disable=not progress) as bar,
+        tqdm(desc="drawing", unit="step", disable=not progress) as bar,
         _streamed(source, model, blocks, options) as capture,
     ):
-        for name, start in missing:
+        for done, (name, start) in enumerate(missing):
+
+            def seen(recipe: BlockRecipe, arguments: Arguments, step: int, steps: int) -> None:
+                bar.total = len(missing) * steps
+                bar.update(done * steps + step - bar.n)  # noqa: B023  # called before the loop goes on
+                keep(recipe, arguments, step, steps, batch=batch, samples=samples)  # noqa: B023
+
             batch = range(start, min(start + options.draw_batch, len(prompts)))
             samples: list[Sample] = []
-            with capture(pipeline, partial(keep, batch=batch, samples=samples)):
+            with capture(pipeline, seen):
                 _draw(pipeline, [prompts[i] for i in batch], batch, call, seed)
             tensors, form = pack_samples(samples)
             journal.commit(name, tensors, len(samples), form)
-            bar.update()
     del pipeline, model
     gc.collect()  # text encoders in cycles of hooks
 
