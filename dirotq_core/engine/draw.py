@@ -36,6 +36,7 @@ from .blocks import (
 from .dist import World
 from .journal import Journal
 from .options import EngineOptions
+from .pipeline import load_pipeline
 from .samples import Sample, pack_samples
 from .source import Source
 
@@ -79,7 +80,7 @@ def _draw_parts(
 ) -> None:  # fmt: skip
     model = source.model(options.dtype)
     materialize(model, source.read(outer, options.dtype), options.device)
-    pipeline = _load(source, model, options)
+    pipeline = load_pipeline(source, model, options)
     held = len(prompts) - held_out_prompts(len(prompts))
     keep = partial(_keep, options=options, prompts=len(prompts), first_held_out=held)
     with (
@@ -101,30 +102,6 @@ def _draw_parts(
             journal.commit(name, tensors, len(samples), form)
     del pipeline, model
     gc.collect()  # text encoders in cycles of hooks
-
-
-def _load(source: Source, model: Any, options: EngineOptions) -> Any:
-    """The pipeline around `model`; on a GPU its other parts come there only while they compute."""
-    from accelerate import cpu_offload_with_hook
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(source.root), transformer=model, torch_dtype=options.dtype, local_files_only=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    if options.device != "cpu":
-        hooks = []
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and name != "transformer":
-                hooks.append(cpu_offload_with_hook(part, options.device)[1])
-
-        def make_room(*_: Any) -> None:
-            """Text encoders have done their work when the transformer is called."""
-            for hook in hooks:
-                hook.offload()
-
-        model.register_forward_pre_hook(make_room)
-    return pipeline
 
 
 def _draw(pipeline: Any, prompts: list[str], images: range, call: dict[str, Any], seed: int) -> None:

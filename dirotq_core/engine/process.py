@@ -19,6 +19,7 @@ from .blocks import Block, call_block, materialize, release, to_device
 from .dist import World
 from .options import EngineOptions
 from .samples import Activations
+from .timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Workshop:
     activations: Activations | None
     held_out: int
     world: World
+    watch: Stopwatch
 
     @torch.no_grad()
     def quantize(
@@ -54,10 +56,12 @@ class Workshop:
         materialize(model, dense, self.options.device)
         calibration = Calibration(model, block.sites, self.options.tokens_per_sample)
         if self.activations is not None:
-            self._observe(block, module, calibration, hand_on and not self.options.sequential)
+            with self.watch("statistics"):
+                self._observe(block, module, calibration, hand_on and not self.options.sequential)
         world = self.world
-        solved = solve_all(model, world.mine(block.sites), config, calibration, progress=False, consume=True)[1]
-        solved = world.gather(solved)
+        with self.watch("solving"):
+            solved = solve_all(model, world.mine(block.sites), config, calibration, progress=False, consume=True)[1]
+            solved = world.gather(solved)
         memo = SiteMemo()
         for plan, site in zip(block.sites, solved, strict=True):
             for name, quantized in solved_modules(model, plan, site, config, memo).items():
@@ -98,8 +102,9 @@ class Workshop:
 
     def _run(self, block: Block, module: nn.Module) -> None:
         assert self.activations is not None
-        for i in range(len(self.activations.samples)):
-            self.activations.put(i, self._call(block, module, i))
+        with self.watch("outputs"):
+            for i in range(len(self.activations.samples)):
+                self.activations.put(i, self._call(block, module, i))
 
     def _call(self, block: Block, module: nn.Module, i: int) -> dict[str, Any]:
         assert self.activations is not None

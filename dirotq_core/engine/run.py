@@ -29,6 +29,7 @@ from .process import Workshop
 from .request import check_call, fingerprint, images_of
 from .samples import Activations, read_samples
 from .source import Source, open_source, read_tensors
+from .timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,11 @@ def quantize_checkpoint(
             run = _Run(source, skeleton, blocks, outer, config, options, journal, world, progress and world.first)
             report = run.quantize(images, call)
             if world.first:
-                assemble(journal, ["outer", *(b.name for b in blocks)], target, source, config, plans, report, options)
+                parts = ["outer", *(b.name for b in blocks)]
+                with run.watch("assembling"):
+                    assemble(journal, parts, target, source, config, plans, report, options)
                 journal.remove()
+                logger.info("%s", run.watch.text())
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -166,6 +170,7 @@ class _Run:
     ):  # fmt: skip
         self.source, self.model, self.blocks, self.outer, self.config = source, model, blocks, outer, config
         self.options, self.journal, self.world, self.progress = options, journal, world, progress
+        self.watch = Stopwatch(options.device)
 
     def quantize(self, images: list[str], call: dict[str, Any]) -> QuantizationReport:
         notes = self.world.share({b.name: self.journal.record(b.name) for b in self.blocks if self.world.first})
@@ -174,7 +179,7 @@ class _Run:
             self.journal.commit("outer", self.source.read(self.outer, self.options.dtype), [])
         if missing:
             activations, held_out = self._activations(images, call) if images else (None, 0)
-            workshop = Workshop(self.model, self.config, self.options, activations, held_out, self.world)
+            workshop = Workshop(self.model, self.config, self.options, activations, held_out, self.world, self.watch)
             self._quantize_blocks(workshop, missing, notes)
         report = QuantizationReport(self.config.method, self.config.activation_bits or 4)
         for block in self.blocks:
@@ -183,10 +188,11 @@ class _Run:
 
     def _activations(self, images: list[str], call: dict[str, Any]) -> tuple[Activations, int]:
         """Those of this process's samples, and how many samples of all are held out."""
-        parts = draw_inputs(
-            self.source, self.blocks, self.outer, images, call, self.config.seed, self.options, self.journal,
-            self.world, self.progress,
-        )  # fmt: skip
+        with self.watch("drawing"):
+            parts = draw_inputs(
+                self.source, self.blocks, self.outer, images, call, self.config.seed, self.options, self.journal,
+                self.world, self.progress,
+            )  # fmt: skip
         samples = [s for part in parts for s in read_samples(self.journal.part(part))]
         activations = Activations(
             self.world.mine(samples), self.blocks[0].recipe.returns, host_limit(self.options) / self.world.size,
@@ -210,7 +216,8 @@ class _Run:
                     made, reports = workshop.quantize(block, tensors, hand_on)
                     notes[block.name] = [r.to_dict() for r in reports]
                     if self.world.first:
-                        self.journal.commit(block.name, made, notes[block.name])
+                        with self.watch("writing"):
+                            self.journal.commit(block.name, made, notes[block.name])
                 else:
                     workshop.replay(block, tensors)
                 bar.update(block.weights)

@@ -65,6 +65,24 @@ def test_activations(limit, tmp_path):
     assert kept.arguments(0)["t"] is samples[0].arguments["t"] and samples[1].arguments["x"][0, 0] == 1
 
 
+def test_text_encoders_see_a_few_prompts_at_a_time(flux, monkeypatch):
+    from dirotq.dirotq_core.demo.embedded import load_pipeline
+    from dirotq.dirotq_core.engine.pipeline import in_rows
+
+    pipe = load_pipeline("flux-tiny")
+    ids = pipe.tokenizer([f"{i} circles" for i in range(6)], padding="max_length", return_tensors="pt").input_ids
+    seen, forward = [], pipe.text_encoder.forward
+
+    def watched(ids, **kwargs):
+        seen.append(len(ids))
+        return forward(ids, **kwargs)
+
+    whole, parts = forward(ids, output_hidden_states=True), in_rows(watched, ids, output_hidden_states=True)
+    assert seen == [4, 2] and type(parts) is type(whole) and parts.keys() == whole.keys()
+    torch.testing.assert_close(parts.pooler_output, whole.pooler_output)
+    torch.testing.assert_close(parts.hidden_states, whole.hidden_states)
+
+
 def test_take_rows_splits_what_belongs_to_rows():
     arguments = {"x": torch.arange(12).reshape(4, 3), "rope": (torch.zeros(4, 2),), "mask": None, "one": torch.ones(1)}
     some = take_rows(arguments, 4, [1, 3])
