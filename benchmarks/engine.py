@@ -3,9 +3,9 @@
     python benchmarks/engine.py --shape flux-dev --out /tmp/engine --max-gpu-memory 11
 
 Saves random weights as sharded safetensors, puts the embedded model's text encoders, scheduler and autoencoder around
-them (the context embedder has their width; all else is the real shape), and quantizes. Inputs come from the real pipeline
-code. Prints seconds by stage, the GPU's peak, and the peak of the process's own host memory (anonymous pages: what is
-mapped from files is the page cache's), and writes them as JSON. ``torchrun --nproc-per-node N`` uses N GPUs.
+them (the context embedder has their width; all else is the real shape), and quantizes. Inputs come from the real
+pipeline code. Prints seconds by stage, the GPU's peak, and the peak of the process's own host memory (anonymous pages:
+what is mapped from files is the page cache's), and writes them as JSON. ``torchrun --nproc-per-node N`` uses N GPUs.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def draw(pipeline, scenes, call, batch: int) -> list[np.ndarray]:
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
         generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))]
-        images += pipeline([s.caption() for s in part], generator=generators, output_type="np", **call).images
+        images += [*pipeline([s.caption() for s in part], generator=generators, output_type="np", **call).images]
     return [(i * 255).round().astype(np.uint8) for i in images]
 
 

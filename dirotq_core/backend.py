@@ -20,6 +20,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from .activations import ACTIVATION_FORMATS
+from .architectures import SUPPORTED, recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
@@ -290,11 +291,15 @@ def _finish(model: Any) -> None:
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
-    if type(model).__name__ == "FluxTransformer2DModel":
+    if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         teach_flux_loras()
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
         _hint_at_eight_bits()
+    # `compile_repeated_blocks` compiles the classes named here; PixArt's class names none.
+    if not getattr(model, "_repeated_blocks", None):
+        stacks = (getattr(model, stack) for stack in recipe_for(model).blocks)
+        model._repeated_blocks = sorted({type(block).__name__ for stack in stacks for block in stack})
 
 
 def attach_quantizer(model: Any, config: DiRotQConfig, dtype: torch.dtype) -> None:

@@ -123,6 +123,6 @@ class Calibration:
                 for i, prompt in enumerate(bar):
                     self.holding_out = i >= len(prompts) - held
                     generator = torch.Generator("cpu").manual_seed(site_seed(f"calibration {i}", seed))
-                    pipeline(prompt, generator=generator, output_type="latent", **call)
+                    pipeline(prompt=prompt, generator=generator, output_type="latent", **call)
         finally:
             pipeline.set_progress_bar_config(**quiet)

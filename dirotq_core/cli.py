@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:  # it has said why on stderr
         print(f"dirotq {args.command}: a child process failed with status {error.returncode}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:  # out of memory is a RuntimeError
         if args.verbose:
             raise
         print(f"dirotq {args.command}: {error}", file=sys.stderr)

@@ -136,7 +136,7 @@ class DiRotQConfig(QuantizationConfigMixin):
                 )
             if self.rounding == "gptq":
                 raise ValueError("rounding='gptq' needs calibration data: use dirotq.quantize, or rounding='nearest'")
-            out.rank, out.rounding = 0, "nearest"
+            out.rank, out.high_fraction, out.rounding = 0, None, "nearest"
         if out.rank is None and out.high_fraction is None:
             out.rank, out.high_fraction = m.rank, m.high_fraction
         out.basis = out.basis or m.basis

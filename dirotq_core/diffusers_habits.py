@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import types
 from typing import Any
 
 from torch import nn
@@ -49,7 +48,7 @@ def ignore_fusing(model: nn.Module) -> None:
     """
     for name in FUSING:
         if hasattr(model, name):
-            setattr(model, name, types.MethodType(_ignored, model))
+            setattr(model, name, functools.partial(_ignored, type(model).__name__))
 
 
 def stop_ignoring_fusing(model: nn.Module) -> None:
@@ -58,5 +57,6 @@ def stop_ignoring_fusing(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def _ignored(model: nn.Module) -> None:
-    logger.warning("%s is quantized by dirotq: its q, k and v share one input already; not fused", type(model).__name__)
+def _ignored(model: str) -> None:
+    # Not bound to the model: it must survive copying and pickling.
+    logger.warning("%s is quantized by dirotq: its q, k and v are one product already; not fused", model)

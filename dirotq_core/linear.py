@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ class SiteMemo:
     def __init__(self) -> None:
         self.entry: tuple | None = None
 
+    def __deepcopy__(self, memo: dict) -> SiteMemo:
+        return SiteMemo()  # results belong to the forward that made them
+
 
 def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
     return {
@@ -57,8 +60,12 @@ class InputSite(nn.Module):
     def __init__(self, plan: SitePlan, activation: str | None, memo: SiteMemo, device: torch.device | str = "meta"):
         super().__init__()
         self.plan = plan
+        # Plain numbers, equal in all blocks: torch.compile guards on what `forward` reads, and the plan holds names,
+        # which would make every block a graph of its own.
+        self.users, self.rank = len(plan.linears), plan.rank
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
+        self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
         self.block = hadamard_block(plan.in_features)
         for name, parameter in _empty(plan.site_spec(), device).items():
             self.register_parameter(name, parameter)
@@ -81,19 +88,50 @@ class InputSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> SiteOutput:
         """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once."""
-        users = len(self.plan.linears)
-        if users == 1:
-            return self.compute(x)
+        return self._once(x, False)
+
+    def products(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """y [M, N] of each member for x [..., K], as one product; the same tensor object is computed once.
+
+        They are columns of one matrix, so rows are strided, which `nn.Linear`'s are not.
+        """
+        return self._once(x, True)
+
+    def stacks(self, x: torch.Tensor) -> bool:
+        """Whether `products` can read every member now: none is elsewhere, or brought in by a hook of its own."""
+        return len(self.members) == self.users > 1 and all(
+            m.weight.device == x.device
+            and not hasattr(m, "_hf_hook")
+            and not hasattr(m, "_diffusers_hook")
+            and (m.bias is None) == (self.members[0].bias is None)
+            for m in self.members
+        )
+
+    def _multiply(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.compute(x)
+        y = ops.linear_a8_siblings(
+            out.a, out.scale, out.z,
+            [m.weight for m in self.members], [m.weight_scale for m in self.members],
+            [m.low_rank for m in self.members if m.low_rank is not None],
+            [m.bias for m in self.members if m.bias is not None],
+            self.members[0].table, x.dtype,
+        )  # fmt: skip
+        return y.split([m.out_features for m in self.members], 1)
+
+    def _once(self, x: torch.Tensor, stacked: bool) -> Any:
+        compute = self._multiply if stacked else self.compute
+        if self.users == 1:
+            return compute(x)
         # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
         # count their versions; no transformer we have a recipe for changes one there.
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         entry = self.memo.entry
-        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == version:
-            left = entry[4] - 1
-            self.memo.entry = (self, x, version, entry[3], left) if left else None
-            return entry[3]
-        out = self.compute(x)
-        self.memo.entry = (self, x, version, out, users - 1)
+        how = (version, stacked, self.activation, torch.is_grad_enabled())
+        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == how:
+            out, left = entry[3], entry[4] - 1
+        else:
+            out, left = compute(x), self.users - 1
+        self.memo.entry = (self, x, how, out, left) if left else None
         return out
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
@@ -101,11 +139,11 @@ class InputSite(nn.Module):
         if self.fused:
             basis, signs = self.tensor("basis"), self.tensor("signs")
             codes, scale, z = ops.rotate_quantize(x, basis, signs, self.block, self.activation)
-            return SiteOutput(codes, scale, z if self.plan.rank else None)
+            return SiteOutput(codes, scale, z if self.rank else None)
         v, z = self.transform(x)
         if self.activation is not None:
             v = fake_quantize(v, ACTIVATION_FORMATS[self.activation])
-        return SiteOutput(v, None, z if self.plan.rank else None)
+        return SiteOutput(v, None, z if self.rank else None)
 
     def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
@@ -152,6 +190,8 @@ class DiRotQLinear(nn.Linear):
             self.input_site = site
         else:
             self._shared_site: list[InputSite] = [site]
+        self.index = index
+        site.members.append(self)
 
     @property
     def site(self) -> InputSite:
@@ -172,11 +212,14 @@ class DiRotQLinear(nn.Linear):
         """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype."""
         site = self.site
         if site.fused and torch.is_grad_enabled() and x.requires_grad:
-            # Integer codes carry no gradient; this op does, with the straight-through estimator.
+            # Integer codes carry no gradient; this op does, with the straight-through estimator. It holds rotation
+            # and product in one, so siblings do not share theirs while an adapter is trained.
             y = ops.linear(
                 x.reshape(-1, self.in_features), site.tensor("basis"), site.tensor("signs"), site.block,
                 site.activation, self.weight, self.weight_scale, self.low_rank, self.bias, self.table,
             )  # fmt: skip
+        elif site.fused and site.stacks(x):
+            y = site.products(x)[self.index]
         elif site.fused:
             out = site(x)
             y = ops.linear_a8(
@@ -192,7 +235,7 @@ class DiRotQLinear(nn.Linear):
             )
         else:
             out = site(x)
-            scale = self.weight_scale.float().reshape(self.out_features, -1)
+            scale = self.weight_scale.reshape(self.out_features, -1)
             y = ops.linear_a16(out.a, out.z, self.weight, scale, self.low_rank, self.bias, self.table)
         return y.reshape(*x.shape[:-1], self.out_features)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .backend import attach_quantizer
+from .backend import DENSE_DTYPES, attach_quantizer
 from .build import quantized_linears, solved_modules, swapped
 from .calibrate import Calibration
 from .config import DiRotQConfig
@@ -71,6 +71,7 @@ def quantize(
     prompts = list(prompts or [])
     config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
     plans = plan_sites(model, config)
+    _refuse_unready(model, plans)
     calibration = Calibration(model, plans)
     if prompts:
         calibration.run(pipeline, prompts, call or {}, config.seed, progress)
@@ -79,6 +80,22 @@ def quantize(
     for note in report.notes():
         logger.warning("%s", note)
     return report
+
+
+def _refuse_unready(model: torch.nn.Module, plans: Sequence[SitePlan]) -> None:
+    """Modules that offloading or casting has taken hold of would be replaced under its hands."""
+    for name in (n for p in plans for n in p.linears):
+        module = linear_at(model, name)
+        weight = module.weight
+        if weight.is_meta or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            raise ValueError(
+                f"{name} is offloaded or has a hook of its own; quantize first and enable offloading or layerwise "
+                "casting then (`dirotq quantize` takes the model from its files)"
+            )
+        if weight.dtype not in DENSE_DTYPES:
+            raise ValueError(
+                f"{name}.weight has dtype {weight.dtype}; dirotq quantizes bfloat16, float16 or float32 weights"
+            )
 
 
 def solve_all(

@@ -31,7 +31,10 @@ class _Finder(MetaPathFinder):
         if fullname != TABLES:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
@@ -46,6 +49,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Finder)]  # not before: imports can fail
         _add_rows(module)
 
     def __getattr__(self, name: str) -> Any:

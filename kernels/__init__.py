@@ -15,7 +15,7 @@ from .lattice import (
     pack_int4,
     unpack_int4,
 )
-from .ops import API_VERSION, dequantize, linear, linear_a8, linear_a16, rotate, rotate_quantize
+from .ops import API_VERSION, dequantize, linear, linear_a8, linear_a8_siblings, linear_a16, rotate, rotate_quantize
 
 __all__ = [
     "API_VERSION",
@@ -31,6 +31,7 @@ __all__ = [
     "hadamard_matrix",
     "linear",
     "linear_a8",
+    "linear_a8_siblings",
     "linear_a16",
     "pack_int4",
     "rotate",

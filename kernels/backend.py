@@ -22,9 +22,11 @@ _TRITON_MODULE = {
     "rotate": "triton_rotate",
     "rotate_quantize": "triton_rotate",
     "linear_a8": "triton_linear",
+    "linear_a8_siblings": "triton_linear",
     "linear_a16": "triton_w4a16",
 }
 _LARGEST_TRITON_BLOCK = 128
+_OLDEST_TRITON = (3, 4)
 # The AMD families that have 8-bit matrix instructions and that Triton supports.
 _AMD = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
@@ -68,6 +70,9 @@ def _obstacle(kind: str, index: int | None, interpret: bool) -> str | None:
     if find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         return f"Triton is not installed (pip install {package})"
+    version = import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"Triton {version} is older than {'.'.join(map(str, _OLDEST_TRITON))}, which the kernels need"
     if kind == "cuda":
         return _unsupported_gpu(index)
     return None

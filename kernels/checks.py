@@ -16,9 +16,11 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 def _shape(name: str, tensor: Tensor, *expected: int | str) -> None:
     """`expected` holds a size, or a letter that stands for any."""
-    fits = tensor.ndim == len(expected) and all(
-        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
-    )
+    fits = tensor.ndim == len(expected)
+    if fits:  # a plain loop: this runs a dozen times per op
+        for size, want in zip(tensor.shape, expected, strict=True):
+            if type(want) is not str and size != want:
+                fits = False
     if not fits:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
 
@@ -79,7 +81,7 @@ def row_scale(weight: Tensor, weight_scale: Tensor) -> None:
 
 
 def group_scale(k: int, weight: Tensor, weight_scale: Tensor) -> None:
-    _dtype("weight_scale", weight_scale, torch.float32)
+    _dtype("weight_scale", weight_scale, torch.float32, torch.bfloat16)
     n, groups = weight.shape[0], k // GROUP
     if weight_scale.ndim != 2 or weight_scale.shape[0] != n or weight_scale.shape[1] not in (1, groups):
         raise ValueError(
@@ -120,6 +122,27 @@ def linear_a8(
         raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
     _device("codes", codes, scale=scale, z=z)
     _device("codes", codes, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
+
+
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> None:
+    if not weights:
+        raise ValueError("weights is empty; at least one is needed")
+    for name, own in (("weight_scales", weight_scales), ("low_ranks", low_ranks), ("biases", biases)):
+        if len(own) != len(weights) and (own or name == "weight_scales"):
+            raise ValueError(f"{name} has {len(own)} tensors for {len(weights)} weights")
+    for i, weight in enumerate(weights):
+        low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
+        linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype)
 
 
 def linear_a16(

@@ -25,7 +25,7 @@ from .backend import implementation
 from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 1
+API_VERSION = 2
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -34,6 +34,8 @@ SCHEMAS = {
     "rotate": "(Tensor x, Tensor? basis, Tensor? signs, int block) -> (Tensor v, Tensor z)",
     "linear_a8": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype) -> Tensor",
+    "linear_a8_siblings": "(Tensor codes, Tensor scale, Tensor? z, Tensor[] weights, Tensor[] weight_scales,"
+    " Tensor[] low_ranks, Tensor[] biases, int[] table, ScalarType out_dtype) -> Tensor",
     "linear_a16": "(Tensor x, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
     "linear": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode, Tensor weight,"
@@ -50,12 +52,15 @@ def rotate_quantize(
     x [M, K] bf16, fp16 or fp32, rows may be strided; basis [K, r] bf16; signs [K] int8 ±1; block: columns of
     one Hadamard block, a power of two that divides K (unused without signs); K a multiple of 64. Modes:
 
-    - ``codebook``: s = rms(v) / 36, a the nearest of ±{4, 13, 22, 32, 44, 56, 72, 96} to v / s
-    - ``int4``: s = max|v| / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
-    - ``int8``: s = max|v| / 127, a = round(v / s)
+    - ``codebook``: s = ρ / 36, a the nearest of ±{4, 13, 22, 32, 44, 56, 72, 96} to v / s
+    - ``int4``: s = C ρ / 127; per 64 columns an integer step m and offset o, a = m q + o, q in 0..15
+    - ``int8``: s = C ρ / 127, a = round(v / s) kept in -127..127
+
+    with ρ = rms(v), taken from K ρ² = ‖x‖² − ‖x U‖², or 2⁻¹⁴ ‖x‖² if that is more: it costs no pass over v. Values
+    beyond C ρ saturate, C = max(7, √(K / 128)). The codes are for the s that is returned, whatever its error.
 
     Returns codes a [M, K] int8, scale s [M] fp32 and z [M, r] bf16. A zero row has scale 0. x must be finite,
-    and below 1e19 in the codebook mode, whose mean square is taken in fp32. Not differentiable; `linear` is.
+    and ‖x‖² within fp32. Not differentiable; `linear` is.
     Raises ValueError naming the argument and the rule it breaks.
     """
     return torch.ops.dirotq.rotate_quantize.default(x, basis, signs, block, mode)
@@ -90,6 +95,26 @@ def linear_a8(
     )
 
 
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The outputs of `linear_a8` for several linears of one input, side by side: y [M, ΣN], as one product.
+
+    low_ranks and biases: one for each of `weights`, or none at all.
+    """
+    return torch.ops.dirotq.linear_a8_siblings.default(
+        codes, scale, z, list(weights), list(weight_scales), list(low_ranks), list(biases), list(table), out_dtype
+    )
+
+
 def linear_a16(
     x: Tensor,
     z: Tensor | None,
@@ -101,8 +126,8 @@ def linear_a16(
 ) -> Tensor:
     """y [M, N] = x Ŵᵀ + z Lᵀ + b in x.dtype: 4-bit weights, 16-bit activations, fp32 accumulation.
 
-    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32; Ŵ = table[code] · scale rounded to
-    x.dtype; the rest as in `linear_a8`. Differentiable in x and z.
+    x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32 or bf16; Ŵ = table[code] · scale, not
+    rounded; the rest as in `linear_a8`. Differentiable in x and z.
     """
     return torch.ops.dirotq.linear_a16.default(x, z, weight, weight_scale, low_rank, bias, list(table))
 
@@ -131,7 +156,7 @@ def linear(
 def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Ŵ [N, K] = table[code] · scale, rounded once to `dtype`.
 
-    weight [N, K/2] uint8; weight_scale fp32 [N], [N, 1] or [N, K/64]; table as in `linear_a8`.
+    weight [N, K/2] uint8; weight_scale fp32 [N], or fp32 or bf16 [N, 1] or [N, K/64]; table as in `linear_a8`.
     """
     return torch.ops.dirotq.dequantize.default(weight, weight_scale, list(table), dtype)
 
@@ -153,6 +178,11 @@ def _rotate(x, basis, signs, block):
 def _linear_a8(*args):
     checks.linear_a8(*args)
     return implementation("linear_a8", args[0].device)(*args)
+
+
+def _linear_a8_siblings(*args):
+    checks.linear_a8_siblings(*args)
+    return implementation("linear_a8_siblings", args[0].device)(*args)
 
 
 def _linear_a16(*args):
@@ -202,6 +232,11 @@ def _fake_rotate(x, basis, signs, block):
 def _fake_linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype):
     checks.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype)
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype):
+    checks.linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype)
+    return codes.new_empty((codes.shape[0], sum(w.shape[0] for w in weights)), dtype=out_dtype)
 
 
 def _fake_linear_a16(x, z, weight, weight_scale, low_rank, bias, table):
@@ -286,6 +321,7 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "rotate_quantize": (_rotate_quantize, _fake_rotate_quantize, None),
     "rotate": (_rotate, _fake_rotate, (_setup_rotate, _backward_rotate)),
     "linear_a8": (_linear_a8, _fake_linear_a8, None),
+    "linear_a8_siblings": (_linear_a8_siblings, _fake_linear_a8_siblings, None),
     "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
     "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),

@@ -13,6 +13,16 @@ from .lattice import CODEBOOK_RMS, GROUP, MAGNITUDE_STEPS, MAGNITUDES, MIDPOINTS
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
+def scale_of_rms(mode: str, k: int) -> float:
+    """Scale per rms of v. The 8-bit lattice saturates past 7 rms, or past what a single spike becomes when the Hadamard
+    matrix spreads it over 128 of the K columns, if that is more."""
+    return 1 / CODEBOOK_RMS if mode == "codebook" else max(7.0, (k / 128) ** 0.5) / 127
+
+
+# The residual's share of a row's energy below which the difference of the two energies is not trusted.
+SMALLEST_SHARE = 2.0**-14
+
+
 def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
     """v = (x − z Uᵀ) D H in x.dtype and z = bf16(x U)."""
     v, z = _rotate(x, basis, signs, block)
@@ -48,46 +58,49 @@ def rotate_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v of `rotate`, then the prologue named `mode`."""
     v, z = _rotate(x, basis, signs, block)
-    codes, scale = quantize(v, mode)
-    return codes, scale, z
+    scale = row_scale(x, basis, mode)
+    return quantize(v, scale, mode), scale, z
 
 
-def quantize(v: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] and scale fp32 [M] of v by the prologue `mode`."""
-    return {"codebook": _codebook, "int4": _int4, "int8": _int8}[mode](v)
+def row_scale(x: Tensor, basis: Tensor | None, mode: str) -> Tensor:
+    """Scale fp32 [M]: a fixed multiple of rms(v), of which ‖v‖² = ‖x‖² − ‖x U‖²."""
+    x = x if x.dtype == torch.float64 else x.float()
+    energy = x.square().sum(1)
+    residual_energy = energy
+    if basis is not None:
+        explained = (x @ basis.to(x.dtype)).square().sum(1)
+        residual_energy = torch.maximum(energy - explained, energy * SMALLEST_SHARE)
+    scale = (residual_energy / x.shape[1]).sqrt() * scale_of_rms(mode, x.shape[1])
+    return torch.where(scale >= SMALLEST_SCALE, scale, 0)
 
 
-def _in_units(v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """v / s and s per row, both 0 where s vanishes."""
-    usable = scale >= SMALLEST_SCALE
-    inverse = torch.where(usable, 1 / scale, 0)
-    return v * inverse[:, None], torch.where(usable, scale, 0)
+def quantize(v: Tensor, scale: Tensor, mode: str) -> Tensor:
+    """Codes int8 [M, K] of v [M, K] for scale [M] by the prologue `mode`."""
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return {"codebook": _codebook, "int4": _int4, "int8": _int8}[mode](v * inverse[:, None])
 
 
-def _codebook(v: Tensor) -> tuple[Tensor, Tensor]:
-    rms = v.square().mean(1).sqrt()
-    units, scale = _in_units(v, rms / CODEBOOK_RMS)
+def _codebook(units: Tensor) -> Tensor:
     size = units.abs()
-    magnitude = torch.full(v.shape, MAGNITUDES[0], dtype=torch.int8, device=v.device)
+    magnitude = torch.full(units.shape, MAGNITUDES[0], dtype=torch.int8, device=units.device)
     for midpoint, rise in zip(MIDPOINTS, MAGNITUDE_STEPS, strict=True):
         magnitude += (size > midpoint).to(torch.int8) * rise
-    return torch.where(units < 0, -magnitude, magnitude), scale
+    return torch.where(units < 0, -magnitude, magnitude)
 
 
-def _int4(v: Tensor) -> tuple[Tensor, Tensor]:
-    units, scale = _in_units(v, v.abs().amax(1) / 127)
+def _int4(units: Tensor) -> Tensor:
     units = units.unflatten(1, (-1, GROUP))
-    low, high = units.amin(2, keepdim=True), units.amax(2, keepdim=True)
+    low = units.amin(2, keepdim=True).clamp(min=-128)
+    high = units.amax(2, keepdim=True).clamp(max=127)
     step = ((high - low) / 15 + 0.5).floor().clamp(1, 17)
     offset = ((low + high) / 2 - 7.5 * step + 0.5).floor()
     offset = torch.minimum(offset.clamp(min=-128), 127 - 15 * step)
     q = ((units - offset) / step + 0.5).floor().clamp(0, 15)
-    return (step * q + offset).flatten(1).to(torch.int8), scale
+    return (step * q + offset).flatten(1).to(torch.int8)
 
 
-def _int8(v: Tensor) -> tuple[Tensor, Tensor]:
-    units, scale = _in_units(v, v.abs().amax(1) / 127)
-    return (units + 0.5).floor().clamp(-127, 127).to(torch.int8), scale
+def _int8(units: Tensor) -> Tensor:
+    return (units + 0.5).floor().clamp(-127, 127).to(torch.int8)
 
 
 def linear_a8(
@@ -108,6 +121,24 @@ def linear_a8(
     return _finish(y, z, low_rank, bias).to(out_dtype)
 
 
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    parts = []
+    for i, weight in enumerate(weights):
+        low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
+        parts.append(linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype))
+    return torch.cat(parts, 1)
+
+
 def linear_a16(
     x: Tensor,
     z: Tensor | None,
@@ -117,8 +148,8 @@ def linear_a16(
     bias: Tensor | None,
     table: Sequence[int],
 ) -> Tensor:
-    """y = x Ŵᵀ + z Lᵀ + b, Ŵ = table[code] · scale rounded to x.dtype; accumulated in fp32."""
-    y = x.float() @ dequantize(weight, weight_scale, table, x.dtype).float().T
+    """y = x Ŵᵀ + z Lᵀ + b, Ŵ = table[code] · scale; all in fp32, rounded once."""
+    y = x.float() @ dequantize(weight, weight_scale, table, torch.float32).T
     return _finish(y, z, low_rank, bias).to(x.dtype)
 
 
@@ -131,9 +162,9 @@ def _finish(y: Tensor, z: Tensor | None, low_rank: Tensor | None, bias: Tensor |
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Weight [N, K] in `dtype` from codes uint8 [N, K/2] and fp32 scales [N] or [N, G]; rounded once."""
+    """Weight [N, K] in `dtype` from codes uint8 [N, K/2] and scales [N] or [N, G]; rounded once."""
     values = decode(weight, table)
-    groups = weight_scale.reshape(values.shape[0], -1, 1)
+    groups = weight_scale.float().reshape(values.shape[0], -1, 1)
     return (values.unflatten(1, (groups.shape[1], -1)) * groups).flatten(1).to(dtype)
 
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
+from .launch import OPTIONS as OPTIONS
+
 
 def table_words(table: Sequence[int]) -> tuple[int, ...]:
     """The 16 int8 values of a table as four little-endian 32-bit words."""
     return struct.unpack("<4i", struct.pack("<16b", *table))
 
-
-# Launch options of every kernel. A product and a sum are rounded apart, as in the reference: no fused multiply-add.
-OPTIONS = {"enable_fp_fusion": False}
 
 # Triton's interpreter keeps a bfloat16 as its 16 bits, truncates when it makes one, and multiplies the bits in a
 # dot; `narrow` and `dot` give it the arithmetic of a GPU.

@@ -5,19 +5,23 @@ the one that a matrix instruction can take from registers.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import OPTIONS, decode, low_rank_tile, narrow, table_words, tile_of
+from .launch import cdiv, launch
+from .triton_common import decode, low_rank_tile, narrow, table_words, tile_of
+
+FEWEST_TOKENS = 65  # for which weights are unpacked first
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
 def linear_a8_kernel(
     codes_ptr, scale_ptr, z_ptr, weight_ptr, weight_scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
-    M, N, K, r, t0, t1, t2, t3,
+    M, N, K, r, stride_out, t0, t1, t2, t3,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +47,7 @@ def linear_a8_kernel(
         y += low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM, BN, BR)
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
-    out_at = out_ptr + rows[None, :].to(tl.int64) * N + cols[:, None]
+    out_at = out_ptr + rows[None, :].to(tl.int64) * stride_out + cols[:, None]
     tl.store(out_at, narrow(y, out_ptr.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))
 
 
@@ -57,6 +61,19 @@ def blocks(m: int, k: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 3}
 
 
+def unpacks_first(m: int, n: int, rank: int, device: torch.device) -> bool:
+    """Whether `hopper.linear_a8` computes this product: Hopper, tokens enough to pay for a pass over the weights, and
+    rows whose bytes its memory accelerator can address (multiples of 16)."""
+    return m >= FEWEST_TOKENS and n % 8 == 0 and rank % 8 == 0 and _has_hopper_kernel(device.type, device.index)
+
+
+@cache
+def _has_hopper_kernel(kind: str, index: int | None) -> bool:
+    if kind != "cuda" or torch.version.hip or torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def linear_a8(
     codes: Tensor,
     scale: Tensor,
@@ -68,23 +85,57 @@ def linear_a8(
     table: Sequence[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    m, k = codes.shape
-    n = weight.shape[0]
+    low_ranks = [] if low_rank is None else [low_rank]
+    biases = [] if bias is None else [bias]
+    return linear_a8_siblings(codes, scale, z, [weight], [weight_scale], low_ranks, biases, table, out_dtype)
+
+
+def linear_a8_siblings(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    m, n = codes.shape[0], sum(w.shape[0] for w in weights)
     out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if not out.numel():
         return out
+    with torch.cuda.device_of(codes):
+        if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
+            from . import hopper
+
+            return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
+        start = 0
+        for i, weight in enumerate(weights):
+            end = start + weight.shape[0]
+            low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
+            _multiply(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out[:, start:end])
+            start = end
+    return out
+
+
+def _multiply(
+    codes: Tensor, scale: Tensor, z: Tensor | None, weight: Tensor, weight_scale: Tensor,
+    low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int], out: Tensor,
+) -> None:  # fmt: skip
+    """One product into `out`, whose rows may be strided."""
+    m, k = codes.shape
+    n = weight.shape[0]
     tile = blocks(m, k)
-    grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
+    grid = (cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),)
     codes, scale, weight_scale = codes.contiguous(), scale.contiguous(), weight_scale.contiguous()
     rank = 0 if z is None or low_rank is None else z.shape[1]
     # Absent tensors are never read; any pointer stands in for them.
     z_or_any = weight_scale if z is None else z.contiguous()
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
-    with torch.cuda.device_of(codes):
-        linear_a8_kernel[grid](
-            codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
-            m, n, k, rank, *table_words(table),
-            HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile, **OPTIONS,
-        )  # fmt: skip
-    return out
+    launch(
+        linear_a8_kernel, grid,
+        codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
+        m, n, k, rank, out.stride(0), *table_words(table), HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile,
+    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Triton kernels of `rotate` and `rotate_quantize`: project, rotate, measure the rows, quantize.
+"""Triton kernels of `rotate` and `rotate_quantize`: project, then rotate and quantize.
 
-Three passes over x, the later ones from cache: z = bf16(x U); a partial sum of squares or maximum of v per row and
-chunk of columns; the codes. v lives in registers only. Each partial is written by one program and combined in a
-fixed order, so results do not vary from run to run.
+Two passes over x: z = bf16(x U) with the energies of x and of x U in every row, which give the scales; the codes. v
+lives in registers only. Each partial sum is written by one program and combined in a fixed order, so results do not
+vary from run to run.
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import SMALLEST_SHARE, scale_of_rms
 from .triton_common import OPTIONS, dot, narrow
 
 # bf16 parts that hold an operand: exactly in the dtypes of x, to fp32's precision in the Hadamard product.
@@ -17,6 +18,15 @@ _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 # A scale below the smallest normal number has no finite reciprocal; such a row counts as zero (as in `reference`).
 SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
+_SMALLEST_SHARE = tl.constexpr(SMALLEST_SHARE)
+
+
+@triton.jit
+def scale_of(energy, explained, K, factor):
+    """factor · rms of v from ‖x‖² and ‖x U‖² of rows (see `reference.row_scale`)."""
+    residual = tl.maximum(energy - explained, energy * _SMALLEST_SHARE)
+    scale = tl.sqrt(residual / K) * factor
+    return tl.where(scale >= SMALLEST_SCALE, scale, 0.0)
 
 
 @triton.jit
@@ -33,21 +43,30 @@ def _split_dot(a, b, total, PARTS: tl.constexpr):
 
 @triton.jit
 def project_kernel(
-    x_ptr, basis_ptr, z_ptr, M, K, r, stride_x,
-    PARTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    x_ptr, basis_ptr, z_ptr, energy_ptr, M, K, r, stride_x,
+    PROJECT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """z [M, r] = bf16(x U)."""
+    """z [M, r] = bf16(x U); energy [1 + ⌈r / BR⌉, M] fp32: ‖x‖², then Σ (x U)² over BR columns of U at a time."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     x_row = x_ptr + rows[:, None].to(tl.int64) * stride_x
     total = tl.zeros((BM, BR), tl.float32)
+    energy = tl.zeros((BM,), tl.float32)
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
         x = tl.load(x_row + cols[None, :], mask=rows[:, None] < M, other=0.0)
-        u = tl.load(basis_ptr + cols[:, None] * r + ranks[None, :], mask=ranks[None, :] < r, other=0.0)
-        total = _split_dot(x.to(tl.float32), u, total, PARTS)
-    z = z_ptr + rows[:, None].to(tl.int64) * r + ranks[None, :]
-    tl.store(z, narrow(total, tl.bfloat16), mask=(rows[:, None] < M) & (ranks[None, :] < r))
+        x = x.to(tl.float32)
+        energy += tl.sum(x * x, 1)
+        if PROJECT:
+            u = tl.load(basis_ptr + cols[:, None] * r + ranks[None, :], mask=ranks[None, :] < r, other=0.0)
+            total = _split_dot(x, u, total, PARTS)
+    if tl.program_id(1) == 0:
+        tl.store(energy_ptr + rows, energy, mask=rows < M)
+    explained_at = energy_ptr + (tl.program_id(1).to(tl.int64) + 1) * M + rows
+    tl.store(explained_at, tl.sum(total * total, 1), mask=rows < M)
+    if PROJECT:
+        z = z_ptr + rows[:, None].to(tl.int64) * r + ranks[None, :]
+        tl.store(z, narrow(total, tl.bfloat16), mask=(rows[:, None] < M) & (ranks[None, :] < r))
 
 
 @triton.jit
@@ -107,29 +126,6 @@ def rotate_kernel(
 
 
 @triton.jit
-def measure_kernel(
-    x_ptr, z_ptr, basis_ptr, signs_ptr, partial_ptr, M, K, r, stride_x, norm,
-    PROJECT: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """partial [chunks, M]: per row and chunk of columns, Σ v² in the codebook mode, else max |v|."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    hadamard = _hadamard(BLOCK, BK)
-    measure = tl.zeros((BM,), tl.float32)
-    first = tl.program_id(1) * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, K), BK):
-        cols = start + tl.arange(0, BK)
-        v = _rotated_tile(
-            x_ptr, z_ptr, basis_ptr, signs_ptr, hadamard, rows, cols, M, r, stride_x, norm, PROJECT, ROTATE, BM, BK, BR
-        )
-        if MODE == "codebook":
-            measure += tl.sum(v * v, 1)
-        else:
-            measure = tl.maximum(measure, tl.max(tl.abs(v), 1))
-    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M + rows, measure, mask=rows < M)
-
-
-@triton.jit
 def _codebook(units):
     size = tl.abs(units)
     magnitude = tl.where(size > 8.5, 13, 4)
@@ -145,8 +141,8 @@ def _codebook(units):
 @triton.jit
 def _int4(units, BM: tl.constexpr, BK: tl.constexpr):
     grouped = tl.reshape(units, (BM, BK // 64, 64))
-    low = tl.min(grouped, 2, keep_dims=True)
-    high = tl.max(grouped, 2, keep_dims=True)
+    low = tl.maximum(tl.min(grouped, 2, keep_dims=True), -128.0)
+    high = tl.minimum(tl.max(grouped, 2, keep_dims=True), 127.0)
     step = tl.minimum(tl.maximum(tl.floor((high - low) / 15 + 0.5), 1.0), 17.0)
     offset = tl.floor((low + high) / 2 - 7.5 * step + 0.5)
     offset = tl.minimum(tl.maximum(offset, -128.0), 127 - 15 * step)
@@ -161,21 +157,20 @@ def _int8(units):
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, z_ptr, basis_ptr, signs_ptr, partial_ptr, codes_ptr, scale_ptr, M, K, r, stride_x, norm, chunks,
+    x_ptr, z_ptr, basis_ptr, signs_ptr, energy_ptr, codes_ptr, scale_ptr, M, K, r, stride_x, norm, parts, factor,
     PROJECT: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """codes [M, K] int8 and scale [M] fp32 from the partials of `measure_kernel`."""
+    """codes [M, K] int8 and scale [M] fp32 from the energies of `project_kernel`, `parts` of them explained."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    measure = tl.zeros((BM,), tl.float32)
-    for chunk in range(chunks):
-        part = tl.load(partial_ptr + tl.cast(chunk, tl.int64) * M + rows, mask=rows < M, other=0.0)
-        measure = measure + part if MODE == "codebook" else tl.maximum(measure, part)
-    scale = tl.sqrt(measure / K) / 36 if MODE == "codebook" else measure / 127
-    usable = scale >= SMALLEST_SCALE
-    inverse = tl.where(usable, 1 / tl.where(usable, scale, 1.0), 0.0)
+    energy = tl.load(energy_ptr + rows, mask=rows < M, other=0.0)
+    explained = tl.zeros((BM,), tl.float32)
+    for part in range(1, parts + 1):
+        explained += tl.load(energy_ptr + tl.cast(part, tl.int64) * M + rows, mask=rows < M, other=0.0)
+    scale = scale_of(energy, explained, K, factor)
+    inverse = tl.where(scale > 0, 1 / tl.where(scale > 0, scale, 1.0), 0.0)
     if tl.program_id(1) == 0:
-        tl.store(scale_ptr + rows, tl.where(usable, scale, 0.0), mask=rows < M)
+        tl.store(scale_ptr + rows, scale, mask=rows < M)
 
     hadamard = _hadamard(BLOCK, BK)
     first = tl.program_id(1) * CHUNK
@@ -209,16 +204,21 @@ def blocks(m: int, block: int) -> dict[str, int]:
     }
 
 
-def project(x: Tensor, basis: Tensor | None) -> Tensor:
-    """z [M, r] = bf16(x U)."""
+def project(x: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z [M, r] = bf16(x U), and energy as `project_kernel` has it."""
     m, k = x.shape
     rank = 0 if basis is None else basis.shape[1]
+    tile = project_blocks(m)
+    parts = max(1, triton.cdiv(rank, tile["BR"]))
     z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
-    if basis is not None and z.numel():
-        tile = project_blocks(m)
-        grid = (triton.cdiv(m, tile["BM"]), triton.cdiv(rank, tile["BR"]))
-        project_kernel[grid](x, basis, z, m, k, rank, x.stride(0), PARTS=_PARTS[x.dtype], **tile, **OPTIONS)
-    return z
+    energy = torch.empty((1 + parts, m), dtype=torch.float32, device=x.device)
+    if m:
+        grid = (triton.cdiv(m, tile["BM"]), parts)
+        basis = x if basis is None else basis  # never read if absent
+        project_kernel[grid](
+            x, basis, z, energy, m, k, rank, x.stride(0), PROJECT=rank > 0, PARTS=_PARTS[x.dtype], **tile, **OPTIONS
+        )
+    return z, energy
 
 
 def project_blocks(m: int) -> dict[str, int]:
@@ -238,18 +238,20 @@ def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) ->
 def rotate_quantize(
     x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton_site
+
     with torch.cuda.device_of(x):
+        if signs is not None and triton_site.applies(x, basis, signs, block):
+            return triton_site.rotate_quantize(x, basis, signs, block, mode)
         site = _Site(x, basis, signs, block)
         m = x.shape[0]
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         scale = torch.empty(m, dtype=torch.float32, device=x.device)
         if m:
-            chunks = site.grid[1]
-            partial = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
-            measure_kernel[site.grid](*site.inputs, partial, *site.sizes, MODE=mode, **site.constants)
             quantize_kernel[site.grid](
-                *site.inputs, partial, codes, scale, *site.sizes, chunks, MODE=mode, **site.constants
-            )
+                *site.inputs, site.energy, codes, scale, *site.sizes, len(site.energy) - 1,
+                scale_of_rms(mode, x.shape[1]), MODE=mode, **site.constants,
+            )  # fmt: skip
         return codes, scale, site.z
 
 
@@ -260,7 +262,7 @@ class _Site:
         if x.stride(1) != 1:
             x = x.contiguous()
         basis = None if basis is None else basis.contiguous()
-        self.z = project(x, basis)
+        self.z, self.energy = project(x, basis)
         m, k = x.shape
         block = 1 if signs is None else block
         tile = blocks(m, block)

@@ -1,7 +1,8 @@
-"""Triton kernels of `linear_a16`: 16-bit activations times 4-bit weights, which are rounded to the dtype of x.
+"""Triton kernels of `linear_a16`: 16-bit activations times 4-bit weights, the scales applied to sums over 64 columns.
 
-Few tokens (modulation layers see one per image) take a memory-bound kernel that reads each weight byte once and
-leaves its nibbles where they are: even and odd columns are two products. More tokens take a tiled product.
+Few tokens (modulation layers see one per image) take a memory-bound kernel without matrix instructions: each thread
+reads 16 bytes of a row at once, turns its 32 codes into fp32 and multiplies them by every token. More tokens take a
+tiled product of table values, which the dtype of x holds exactly.
 """
 
 from collections.abc import Sequence
@@ -11,68 +12,146 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import OPTIONS, decode, dot, low_rank_tile, narrow, table_words, tile_of
+from .launch import cdiv, launch
+from .triton_common import INTERPRETED, decode, dot, low_rank_tile, narrow, table_words, tile_of
 
-FEW_TOKENS = 16
+FEW_TOKENS = 4
+
+# Eight codes of a word to fp32. Two byte permutes look codes up in the halves of the table and a third picks between
+# them by bit 3, as in `triton_unpack`; a fourth puts the byte, biased by 128, under the exponent of 2^23.
+_TO_FLOAT = tl.constexpr(
+    """
+{
+.reg .b32 c, s, a, b, v, e;
+mov.b32 e, 0x4B000000;
+and.b32 c, $8, 0x77777777;
+shr.b32 s, $8, 1;
+and.b32 s, s, 0x44444444;
+or.b32 s, s, 0x32103210;
+"""
+    + "".join(
+        ("shr.b32 c, c, 16;\nshr.b32 s, s, 16;\n" if half else "")
+        + "prmt.b32 a, $9, $10, c;\nprmt.b32 b, $11, $12, c;\nprmt.b32 v, a, b, s;\n"
+        + "".join(f"prmt.b32 ${4 * half + i}, v, e, 0x754{i};\n" for i in range(4))
+        + "".join(f"add.rn.f32 ${4 * half + i}, ${4 * half + i}, 0fCB000080;\n" for i in range(4))
+        for half in (0, 1)
+    )
+    + "}\n"
+)
 
 
 @triton.jit
-def _weights(
-    weight_ptr, scale_ptr, cols, start, N, K, groups, t0, t1, t2, t3,
-    DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Even and odd columns, each [BN, BK/2] in DTYPE, of weight columns start .. start + BK."""
-    # Three dimensions, row × group of 64 columns × byte, so that one scale per row and group is read.
-    row = cols[:, None, None]
-    group = tl.arange(0, BK // 64)[None, :, None]
-    byte = group * 32 + tl.arange(0, 32)[None, None, :]
-    inside = row < N
-    packed = tl.load(weight_ptr + row.to(tl.int64) * (K // 2) + start // 2 + byte, mask=inside, other=0)
-    packed = packed.to(tl.int32)
-    # One scale per row: every group reads the same.
-    column = tl.where(groups == 1, 0, start // 64 + group)
-    scale = tl.load(scale_ptr + row.to(tl.int64) * groups + column, mask=inside, other=0.0)
-    even = decode(packed & 15, t0, t1, t2, t3).to(tl.float32) * scale
-    odd = decode(packed >> 4, t0, t1, t2, t3).to(tl.float32) * scale
-    return narrow(tl.reshape(even, (BN, BK // 2)), DTYPE), narrow(tl.reshape(odd, (BN, BK // 2)), DTYPE)
+def _value(words, i: tl.constexpr, t0, t1, t2, t3):
+    return decode((words >> (4 * i)) & 15, t0, t1, t2, t3).to(tl.float32)
 
 
 @triton.jit
-def _finish(
-    y, z_ptr, low_rank_ptr, bias_ptr, out_ptr, rows, cols, M, N, r,
-    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+def _eight(words, t0, t1, t2, t3, ASM: tl.constexpr):
+    """Table values, fp32, of the eight codes of each word; with ASM the table's bytes are biased by 128."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _TO_FLOAT,
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r",
+            [words, t0, t1, t2, t3],
+            (tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            True,
+            1,
+        )
+    else:
+        return (
+            _value(words, 0, t0, t1, t2, t3),
+            _value(words, 1, t0, t1, t2, t3),
+            _value(words, 2, t0, t1, t2, t3),
+            _value(words, 3, t0, t1, t2, t3),
+            _value(words, 4, t0, t1, t2, t3),
+            _value(words, 5, t0, t1, t2, t3),
+            _value(words, 6, t0, t1, t2, t3),
+            _value(words, 7, t0, t1, t2, t3),
+        )
+
+
+@triton.jit
+def _sum_of_groups(w, x_at, token, M, stride_x, within, scale):
+    """Σ over 8 codes of w x, times the scale of the group; w as `_eight` gives it, x_at at its first code."""
+    x_at += tl.minimum(token, M - 1).to(tl.int64) * stride_x  # a token past the end is computed and not stored
+    part = w[0] * tl.load(x_at, mask=within, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, 8):
+        x = tl.load(x_at + i, mask=within, other=0.0).to(tl.float32)
+        # The product is exact for 16-bit x, so that nothing is lost or gained by rounding it apart.
+        part = tl.fma(w[i], tl.broadcast_to(x, w[i].shape), part)
+    return part * scale
+
+
+@triton.jit
+def _add_rest(
+    total, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Add the low-rank branch and the bias to the transposed tile y and store it."""
+    """out of one token: the sum over a row's words, the low-rank branch and the bias."""
+    y = tl.sum(tl.sum(total, 2), 1)
+    inside = (cols < N) & (token + tl.zeros_like(cols) < M)
     if HAS_LOW_RANK:
-        y += low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM, BN, BR)
+        branch = tl.zeros((BN, BR), tl.float32)
+        for start in range(0, r, BR):
+            ranks = start + tl.arange(0, BR)
+            z = tl.load(z_ptr + tl.minimum(token, M - 1).to(tl.int64) * r + ranks, mask=ranks < r, other=0.0)
+            low_rank = tl.load(
+                low_rank_ptr + cols[:, None].to(tl.int64) * r + ranks[None, :],
+                mask=(cols[:, None] < N) & (ranks[None, :] < r),
+                other=0.0,
+            )
+            branch = tl.fma(low_rank.to(tl.float32), tl.broadcast_to(z.to(tl.float32)[None, :], (BN, BR)), branch)
+        y += tl.sum(branch, 1)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
-    out_at = out_ptr + rows[None, :].to(tl.int64) * N + cols[:, None]
-    tl.store(out_at, narrow(y, out_ptr.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))
+        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token.to(tl.int64) * N + cols, narrow(y, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
 def few_tokens_kernel(
-    x_ptr, z_ptr, weight_ptr, scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
-    M, N, K, r, groups, stride_x, t0, t1, t2, t3,
-    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    x_ptr, z_ptr, words_ptr, scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
+    M, N, K, words, r, groups, stride_x, t0, t1, t2, t3,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] for M <= BM: one program per BN weight rows."""
-    rows = tl.arange(0, BM)
+    """out [M, N]: BM tokens, 1, 2 or 4, times BN weight rows of `words` 32-bit words, GROUPS groups at a time."""
+    token = tl.program_id(1) * BM
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    half = tl.arange(0, BK // 2)[:, None]
-    x_at = x_ptr + rows[None, :].to(tl.int64) * stride_x + 2 * half
-    total = tl.zeros((BN, BM), tl.float32)
-    for start in range(0, K, BK):
-        even, odd = _weights(
-            weight_ptr, scale_ptr, cols, start, N, K, groups, t0, t1, t2, t3, x_ptr.dtype.element_ty, BN, BK
+    # Three dimensions, row × group of 64 columns × word of 8, so that a group has one scale.
+    row = cols[:, None, None]
+    at = tl.arange(0, GROUPS)[None, :, None]
+    word = at * 8 + tl.arange(0, 8)[None, None, :]
+    word_at = words_ptr + row.to(tl.int64) * words + word
+    scale_step = tl.where(groups == 1, 0, 1)  # with one scale per row every group reads the same
+    scale_at = scale_ptr + row.to(tl.int64) * groups + at * scale_step
+    total_0 = tl.zeros((BN, GROUPS, 8), tl.float32)
+    total_1, total_2, total_3 = total_0, total_0, total_0
+    for start in range(0, K, 64 * GROUPS):
+        within = start // 8 + word < words
+        packed = tl.load(word_at + start // 8, mask=(row < N) & within, other=0, eviction_policy="evict_first")
+        group = start // 64
+        scale = tl.load(scale_at + group * scale_step, mask=(row < N) & (group + at < K // 64), other=0.0)
+        scale = scale.to(tl.float32)
+        w = _eight(packed, t0, t1, t2, t3, ASM)
+        x_at = x_ptr + start + 8 * word
+        total_0 += _sum_of_groups(w, x_at, token, M, stride_x, within, scale)
+        if BM > 1:
+            total_1 += _sum_of_groups(w, x_at, token + 1, M, stride_x, within, scale)
+        if BM > 2:
+            total_2 += _sum_of_groups(w, x_at, token + 2, M, stride_x, within, scale)
+            total_3 += _sum_of_groups(w, x_at, token + 3, M, stride_x, within, scale)
+    _add_rest(total_0, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR)
+    if BM > 1:
+        _add_rest(
+            total_1, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 1, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
         )
-        x_even = tl.load(x_at + start, mask=rows[None, :] < M, other=0.0)
-        x_odd = tl.load(x_at + start + 1, mask=rows[None, :] < M, other=0.0)
-        total = dot(even, x_even, total)
-        total = dot(odd, x_odd, total)
-    _finish(total, z_ptr, low_rank_ptr, bias_ptr, out_ptr, rows, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BM, BN, BR)
+    if BM > 2:
+        _add_rest(
+            total_2, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 2, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
+        )
+        _add_rest(
+            total_3, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 3, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
+        )
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
@@ -82,28 +161,44 @@ def many_tokens_kernel(
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N], tiled; weights are the left operand, as in `triton_linear`."""
+    """out [M, N], tiled, BK = 64; weights are the left operand, as in `triton_linear`."""
     rows, cols = tile_of(tl.program_id(0), M, N, BM, BN)
     x_at = x_ptr + rows[None, :].to(tl.int64) * stride_x + tl.arange(0, BK)[:, None]
+    w_at = weight_ptr + cols[:, None].to(tl.int64) * (K // 2) + tl.arange(0, BK // 2)[None, :]
+    scale_at = scale_ptr + cols.to(tl.int64) * groups
     total = tl.zeros((BN, BM), tl.float32)
     for start in range(0, K, BK):
-        even, odd = _weights(
-            weight_ptr, scale_ptr, cols, start, N, K, groups, t0, t1, t2, t3, x_ptr.dtype.element_ty, BN, BK
-        )
-        w = tl.reshape(tl.join(even, odd), (BN, BK))
+        packed = tl.load(w_at + start // 2, mask=cols[:, None] < N, other=0).to(tl.int32)
+        low = decode(packed & 15, t0, t1, t2, t3)
+        high = decode(packed >> 4, t0, t1, t2, t3)
+        w = tl.reshape(tl.join(low, high), (BN, BK)).to(tl.float32)
         x = tl.load(x_at + start, mask=rows[None, :] < M, other=0.0)
-        total = dot(w, x, total)
-    _finish(total, z_ptr, low_rank_ptr, bias_ptr, out_ptr, rows, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BM, BN, BR)
+        scale = tl.load(scale_at + tl.where(groups == 1, 0, start // BK), mask=cols < N, other=0.0).to(tl.float32)
+        part = dot(narrow(w, x_ptr.dtype.element_ty), x, tl.zeros((BN, BM), tl.float32))
+        total += part * scale[:, None]
+    if HAS_LOW_RANK:
+        total += low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM, BN, BR)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
+    out_at = out_ptr + rows[None, :].to(tl.int64) * N + cols[:, None]
+    tl.store(out_at, narrow(total, out_ptr.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))
 
 
-def few_tokens_blocks(k: int) -> dict[str, int]:
-    """Tile sizes and launch options of `few_tokens_kernel`; each row of a tile reads BK/2 consecutive bytes."""
-    width = next(width for width in (256, 128, 64) if k % width == 0)
-    return {"BM": FEW_TOKENS, "BN": 32, "BK": width, "BR": 32, "num_warps": 4, "num_stages": 3}
+def _biased(table: Sequence[int]) -> list[int]:
+    """Each value plus 128, an unsigned byte, written as a signed one."""
+    return [t + 128 if t < 0 else t - 128 for t in table]
 
 
-def many_tokens_blocks(dtype: torch.dtype) -> dict[str, int]:
+def few_tokens_blocks(m: int) -> dict[str, int]:
+    """Tile sizes and launch options of `few_tokens_kernel`, the fastest of a search on an H200."""
+    tokens = 1 if m == 1 else 2 if m == 2 else 4
+    return {"BM": tokens, "BN": 8, "GROUPS": 8, "BR": 16, "num_warps": 4 if m == 1 else 8, "num_stages": 2}
+
+
+def many_tokens_blocks(m: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options of `many_tokens_kernel`."""
+    if m <= 16:
+        return {"BM": 16, "BN": 32, "BK": 64, "BR": 32, "num_warps": 4, "num_stages": 4}
     if dtype == torch.float32:  # multiplied without tensor cores: a smaller tile, or it spills
         return {"BM": 32, "BN": 64, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 2}
     return {"BM": 64, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 2}
@@ -125,20 +220,28 @@ def linear_a16(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    weight_scale = weight_scale.contiguous()
+    weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
     rank = 0 if z is None or low_rank is None else z.shape[1]
     # Absent tensors are never read; any pointer stands in for them.
     z_or_any = weight_scale if z is None else z.contiguous()
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
-    few = m <= FEW_TOKENS
-    tile = few_tokens_blocks(k) if few else many_tokens_blocks(x.dtype)
-    kernel = few_tokens_kernel if few else many_tokens_kernel
-    grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
+    has = {"HAS_LOW_RANK": rank > 0, "HAS_BIAS": bias is not None}
     with torch.cuda.device_of(x):
-        kernel[grid](
-            x, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
-            m, n, k, rank, groups, x.stride(0), *table_words(table),
-            HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile, **OPTIONS,
-        )  # fmt: skip
+        if m <= FEW_TOKENS:
+            tile = few_tokens_blocks(m)
+            asm = not INTERPRETED.value and torch.version.hip is None
+            launch(
+                few_tokens_kernel, (cdiv(n, tile["BN"]), cdiv(m, tile["BM"])),
+                x, z_or_any, weight.view(torch.int32), weight_scale, low_rank_or_any, bias_or_any, out,
+                m, n, k, k // 8, rank, groups, x.stride(0), *table_words(_biased(table) if asm else table),
+                ASM=asm, **has, **tile,
+            )  # fmt: skip
+        else:
+            tile = many_tokens_blocks(m, x.dtype)
+            launch(
+                many_tokens_kernel, (cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),),
+                x, z_or_any, weight, weight_scale, low_rank_or_any, bias_or_any, out,
+                m, n, k, rank, groups, x.stride(0), *table_words(table), **has, **tile,
+            )  # fmt: skip
     return out

@@ -108,9 +108,7 @@ def _draw(pipeline: Any, prompts: list[str], images: range, call: dict[str, Any]
     # The same noise as `dirotq.quantize`; a batch of one is called as it calls.
     noise = [torch.Generator("cpu").manual_seed(site_seed(f"calibration {i}", seed)) for i in images]
     one = len(prompts) == 1
-    pipeline(
-        prompts[0] if one else prompts, generator=noise[0] if one else noise, output_type="latent", **call
-    )  # fmt: skip
+    pipeline(prompt=prompts[0] if one else prompts, generator=noise[0] if one else noise, output_type="latent", **call)
 
 
 def _keep(

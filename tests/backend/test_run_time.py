@@ -7,8 +7,10 @@ import sys
 import peft
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from diffusers.quantizers.base import DiffusersQuantizer
 
+import dirotq
 from dirotq import kernels
 from dirotq.dirotq_core.build import quantized_linears
 
@@ -92,6 +94,83 @@ def test_compile_inductor_one_block(flux_case, helpers):
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True)
     assert helpers.sqnr(helpers.run(model), expected) > 35
+
+
+def block_graphs(model, arguments):
+    """How many times each op of ours stands in each graph that `compile_repeated_blocks` makes."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        targets = [str(n.target) for n in graph.graph.nodes]
+        graphs.append({t: targets.count(t) for t in targets if t.startswith("dirotq.")})
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    with torch.no_grad():
+        output = model(**arguments)[0]
+        assert torch.equal(model(**arguments)[0], output)
+    return graphs, output
+
+
+FLUX = {
+    "patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 4, "attention_head_dim": 64,
+    "num_attention_heads": 1, "joint_attention_dim": 64, "pooled_projection_dim": 64, "guidance_embeds": True,
+    "axes_dims_rope": (16, 24, 24),
+}  # fmt: skip
+PIXART = {
+    "num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 4, "cross_attention_dim": 64, "sample_size": 16,
+    "caption_channels": 64, "use_additional_conditions": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape", "sites_and_products"),
+    [
+        (FluxTransformer2DModel, FLUX, {(8, 8), (2, 2)}),  # double blocks, single blocks
+        (PixArtTransformer2DModel, PIXART, {(6, 6)}),
+    ],
+)
+def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, tmp_path):
+    """As many graphs as without us, one for a kind of block and a layout of its inputs, however many blocks; and in
+    each of them siblings share one rotation and one product."""
+    torch.manual_seed(0)
+    dense = cls(**shape).to(torch.bfloat16)
+    dense.save_pretrained(tmp_path)
+    model = cls.from_pretrained(tmp_path, quantization_config=dirotq.DiRotQConfig(), torch_dtype=torch.bfloat16)
+    expected = helpers.run(model)
+    # diffusers names no repeated blocks in PixArt's class; a quantized model does, and leaves the class alone.
+    graphs, output = block_graphs(model, helpers.inputs(model))
+    assert torch.equal(output, expected)
+    products = ("dirotq.linear_a8.default", "dirotq.linear_a8_siblings.default")
+    counts = {(g["dirotq.rotate_quantize.default"], sum(g.get(p, 0) for p in products)) for g in graphs}
+    assert counts == sites_and_products
+    dense._repeated_blocks = model._repeated_blocks
+    assert len(graphs) == len(block_graphs(dense, helpers.inputs(dense))[0]) < 4
+    assert cls is FluxTransformer2DModel or not getattr(cls, "_repeated_blocks", None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["manual", "reduce-overhead"])
+def test_cuda_graphs(case, helpers, options):
+    model = case.load().to("cuda")
+    arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in helpers.inputs(model).items()}
+    with torch.no_grad():
+        expected = model(**arguments)[0].clone()
+        if options:
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, **options)
+            outputs = [compiled(**arguments)[0].clone() for _ in range(4)]
+            assert all(torch.equal(y, outputs[0]) for y in outputs)
+            assert helpers.sqnr(outputs[0], expected) > 25  # other roundings between our ops
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = model(**arguments)[0]
+            arguments["hidden_states"].add_(0.5)
+            graph.replay()
+            assert torch.equal(output, model(**arguments)[0]) and not torch.equal(output, expected)
 
 
 def test_gradients_reach_an_adapter(flux_case, helpers):

@@ -88,6 +88,11 @@ def test_unknown_argument_is_refused():
         DiRotQConfig(bits=4)
 
 
+def test_a_fraction_of_nothing_resolves_to_what_loads():
+    resolved = DiRotQConfig(high_fraction=0.0).resolved(calibrated=False)
+    assert DiRotQConfig.from_dict(resolved.to_dict()) == resolved
+
+
 RANKED = {name for name, m in METHODS.items() if TRANSFORMS[m.transform].subspace}
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from dirotq import set_activation_bits
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.kernels import ops
@@ -46,8 +47,37 @@ def test_sharing_changes_no_result(quantized, run):
     model, _ = quantized("flux")
     shared = run(model)
     for linear in quantized_linears(model).values():
+        linear.site.stacks = lambda x: False
         linear.site.forward = linear.site.compute
     assert torch.equal(run(model), shared)
+
+
+def test_siblings_are_one_product(siblings, monkeypatch):
+    x = torch.randn(3, 64)
+    apart = [separately(m, x) for m in siblings]
+    made, original = [], ops.linear_a8_siblings
+    monkeypatch.setattr(ops, "linear_a8_siblings", lambda *a: made.append(len(a[3])) or original(*a))
+    assert all(torch.equal(m(x), y) for m, y in zip(siblings, apart, strict=True))
+    assert made == [3]
+
+
+def separately(linear, x):
+    linear.site.stacks, kept = (lambda x: False), linear.site.stacks
+    try:
+        return linear(x)
+    finally:
+        linear.site.stacks = kept
+        linear.site.memo.entry = None
+
+
+@pytest.mark.parametrize("hook", ["_hf_hook", "_diffusers_hook"])
+def test_a_sibling_with_a_hook_of_its_own_is_multiplied_alone(siblings, monkeypatch, hook):
+    """Offloading brings its weights in when it is called, not before."""
+    x = torch.randn(3, 64)
+    expected = [m(x) for m in siblings]
+    setattr(siblings[1], hook, object())
+    monkeypatch.setattr(ops, "linear_a8_siblings", None)
+    assert all(torch.equal(m(x), y) for m, y in zip(siblings, expected, strict=True))
 
 
 def test_the_memo_is_released_after_the_last_sibling(siblings, calls):
@@ -88,6 +118,34 @@ def test_inference_mode_shares_too(siblings, calls):
             linear(x)
     assert len(calls) == 1
     assert memo_of(siblings[0]).entry is None
+
+
+def test_a_format_chosen_between_siblings_is_noticed(quantized):
+    model, _ = quantized("pixart")
+    attention = model.transformer_blocks[0].attn1
+    x = torch.randn(3, 64)
+    set_activation_bits(model, 8)
+    first = attention.to_q(x)
+    set_activation_bits(model, 4)
+    assert torch.equal(attention.to_q(x), attention.to_q(x.clone()))
+    assert not torch.equal(attention.to_q(x), first)
+
+
+def test_a_gradient_is_not_lost_to_a_result_without(siblings):
+    q, k, _ = siblings
+    q.site.activation = None
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.no_grad():
+        q(x)
+    assert k(x).requires_grad
+
+
+def test_a_copy_between_siblings_starts_afresh(quantized):
+    model, _ = quantized("pixart")
+    set_activation_bits(model, 16)
+    attention = model.transformer_blocks[0].attn1
+    attention.to_q(torch.randn(3, 64, requires_grad=True))
+    assert copy.deepcopy(model).transformer_blocks[0].attn1.to_q.site.memo.entry is None
 
 
 def test_another_tensor_of_equal_values_is_computed_again(siblings, calls):

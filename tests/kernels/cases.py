@@ -98,22 +98,25 @@ def steps_apart(a: Tensor, b: Tensor, mode: str) -> Tensor:
 def assert_same_quantization(case: Site, mode: str, codes: Tensor, scale: Tensor, z: Tensor) -> None:
     """Against the reference: equal but for roundings near a tie.
 
-    z may round the other way; v, and so the codes, are then judged for the z that was returned.
+    z may round the other way; v, and so the codes, are then judged for the z and the scale that were returned.
     """
     # z cancels over K terms, so its error is relative to the row of x rather than to z.
     size = case.x.float().norm(dim=1, keepdim=True)
     expected_z = reference.project(case.x, case.basis).float()
     assert ((z.float() - expected_z).abs() <= 2**-7 * expected_z.abs() + 1e-5 * size).all()
 
+    expected_scale = reference.row_scale(case.x.double(), case.basis, mode).float()
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-4, atol=1e-30)
     v = reference.residual(case.x, z, case.basis, case.signs, case.block)
-    expected, expected_scale = reference.quantize(v, mode)
-    torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=1e-30)
-    assert torch.isfinite(scale).all()
+    expected = reference.quantize(v, scale, mode)
     differing = int((codes != expected).sum())
-    # In int4 a step or an offset near a tie moves a group of 64 by a step of at most 17.
-    few, step = (128, 17) if mode == "int4" else (4, 1)
-    assert differing <= max(few, 1e-3 * codes.numel()), f"{differing} of {codes.numel()} codes differ"
+    # In int4 a step or an offset near a tie moves a group of 64 by a step of at most 17. A kernel for 4-bit modes may
+    # hold an operator of the rotation in bf16, which moves v by some 2⁻⁹ of z Uᵀ; the error must not grow by it.
+    few, share, step = {"int4": (128, 1e-2, 17), "codebook": (8, 2e-3, 1), "int8": (4, 1e-3, 1)}[mode]
+    assert differing <= max(few, share * codes.numel()), f"{differing} of {codes.numel()} codes differ"
     assert int(steps_apart(codes, expected, mode).max()) <= step
+    error, least = ((scale[:, None] * c - v).norm() for c in (codes, expected))
+    assert error <= 1.01 * least
 
 
 def assert_close(y: Tensor, expected: Tensor) -> None:

@@ -35,34 +35,43 @@ def _divide(v, scale):
     return np.divide(v, scale[:, None], out=np.zeros_like(v), where=scale[:, None] > 0)
 
 
-def codebook(v):
-    """Nearest entry of ±MAGNITUDES to v / s, s = rms / 36; also how far each decision is from a tie."""
-    scale = np.sqrt(np.mean(v**2, axis=1)) / 36
+def factor(mode, k):
+    return 1 / 36 if mode == "codebook" else max(7, math.sqrt(k / 128)) / 127
+
+
+def row_scale(x, basis, mode):
+    """A fixed multiple of rms(v), ‖v‖² = ‖x‖² − ‖x U‖² but at least 2⁻¹⁴ ‖x‖²."""
+    energy = np.sum(x**2, axis=1)
+    if basis is not None:
+        energy = np.maximum(energy - np.sum((x @ basis) ** 2, axis=1), energy * 2.0**-14)
+    return factor(mode, x.shape[1]) * np.sqrt(energy / x.shape[1])
+
+
+def codebook(v, scale):
+    """Nearest entry of ±MAGNITUDES to v / s; also how far each decision is from a tie."""
     units = _divide(v, scale)
     distance = np.abs(np.abs(units)[..., None] - MAGNITUDES)
     nearest = np.argmin(distance, axis=-1)  # the first of two equals: the smaller magnitude
     two = np.sort(distance, axis=-1)[..., :2]
     codes = np.where(units >= 0, 1, -1) * MAGNITUDES[nearest]
     margin = np.minimum(two[..., 1] - two[..., 0], np.where(units == 0, np.inf, np.abs(units)))
-    return codes, scale, margin
+    return codes, margin
 
 
-def int8(v):
-    scale = np.max(np.abs(v), axis=1) / 127
+def int8(v, scale):
     units = _divide(v, scale)
     codes = np.clip(np.floor(units + 0.5), -127, 127)
-    return codes, scale, np.abs(units + 0.5 - np.rint(units + 0.5))
+    return codes, np.abs(units + 0.5 - np.rint(units + 0.5))
 
 
-def int4(v):
+def int4(v, scale):
     """Asymmetric 4 bit per 64 columns with integer step and offset on the int8 grid."""
-    scale = np.max(np.abs(v), axis=1) / 127
     units = _divide(v, scale)
     codes, margin = np.empty_like(v), np.empty_like(v)
     for m in range(v.shape[0]):
         for g in range(0, v.shape[1], 64):
             group = units[m, g : g + 64]
-            lo, hi = group.min(), group.max()
+            lo, hi = max(group.min(), -128), min(group.max(), 127)
             raw_step = (hi - lo) / 15 + 0.5
             step = min(max(math.floor(raw_step), 1), 17)
             raw_offset = (lo + hi) / 2 - 7.5 * step + 0.5
@@ -72,7 +81,7 @@ def int4(v):
             # A step or an offset near a tie can move the whole group.
             whole = min(abs(raw_step - round(raw_step)), abs(raw_offset - round(raw_offset)))
             margin[m, g : g + 64] = np.minimum(np.abs(raw_q - np.rint(raw_q)), whole)
-    return codes, scale, margin
+    return codes, margin
 
 
 PROLOGUES = {"codebook": codebook, "int4": int4, "int8": int8}

@@ -1,7 +1,9 @@
-"""Every Triton kernel compiled for GPUs that are not here: it compiles, uses the matrix unit, fits shared memory."""
+"""Every Triton kernel compiled for GPUs that are not here: its matrix instruction, shared memory, no spills."""
 
 import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dirotq.kernels import triton_linear, triton_rotate, triton_w4a16  # noqa: E402
+from dirotq.kernels import triton_linear, triton_rotate, triton_site, triton_unpack, triton_w4a16  # noqa: E402
 from dirotq.kernels.triton_common import OPTIONS  # noqa: E402
 
 KIB = 1024
@@ -36,16 +38,22 @@ FLOAT_MATRIX = (
 SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
 A8 = {**WEIGHTS, "codes_ptr": "i8", "scale_ptr": "fp32", "weight_scale_ptr": "fp32"}
-A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "fp32"}
-QUANTIZE = {**SITE, "partial_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
+A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "bf16", "words_ptr": "i32"}
+QUANTIZE = {**SITE, "energy_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
 LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
 ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
 MANY = triton_rotate.blocks(4608, 128)
+PASS = {**QUANTIZE, "partial_ptr": "fp32", "squares_ptr": "fp32"}
+PROJECTED = {"PROJECT": True, "BLOCK": 128}
 
 KERNELS = {
-    "project": (triton_rotate.project_kernel, SITE, {"PARTS": 1, **triton_rotate.project_blocks(4608)}, False),
+    "project": (
+        triton_rotate.project_kernel,
+        QUANTIZE,
+        {"PROJECT": True, "PARTS": 1, **triton_rotate.project_blocks(4608)},
+        False,
+    ),
     "rotate": (triton_rotate.rotate_kernel, {**SITE, "v_ptr": "bf16"}, {**ROTATED, **MANY}, False),
-    "measure": (triton_rotate.measure_kernel, QUANTIZE, {**ROTATED, "MODE": "int8", **MANY}, False),
     "quantize codebook": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "codebook", **MANY}, False),
     "quantize int4": (triton_rotate.quantize_kernel, QUANTIZE, {**ROTATED, "MODE": "int4", **MANY}, False),
     "quantize int4, one token": (
@@ -61,16 +69,26 @@ KERNELS = {
         triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(4608, 3072)}, True
     ),
     "a8, one token": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(1, 3072)}, True),
-    "a16, few tokens": (
-        triton_w4a16.few_tokens_kernel, A16, {**LINEAR, **triton_w4a16.few_tokens_blocks(3072)}, False
-    ),
+    "a8, 64 tokens": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(64, 3072)}, True),
     "a16, many tokens": (
-        triton_w4a16.many_tokens_kernel,
-        A16,
-        {**LINEAR, **triton_w4a16.many_tokens_blocks(torch.bfloat16)},
-        False,
+        triton_w4a16.many_tokens_kernel, A16, {**LINEAR, **triton_w4a16.many_tokens_blocks(4608, torch.bfloat16)}, False
+    ),
+    "a16, 16 tokens": (
+        triton_w4a16.many_tokens_kernel, A16, {**LINEAR, **triton_w4a16.many_tokens_blocks(16, torch.bfloat16)}, False
     ),
 }  # fmt: skip
+
+# The passes over a common site, which only NVIDIA GPUs run.
+SITE_KERNELS = {
+    f"partial project, {m} tokens": (
+        triton_site.partial_project_kernel, PASS, {"PROJECT": True, **triton_site.project_blocks(m)}
+    )
+    for m in (1, 4608)
+}  # fmt: skip
+for _mode in ("codebook", "int4", "int8"):
+    for _m in (1, 4608):
+        _values = {**PROJECTED, "MODE": _mode, **triton_site.site_blocks(_m)}
+        SITE_KERNELS[f"quantize {_mode}, {_m} tokens"] = (triton_site.site_quantize_kernel, PASS, _values)
 
 
 def compile_for(target, kernel, pointers, values):
@@ -81,9 +99,9 @@ def compile_for(target, kernel, pointers, values):
             signature[name] = "constexpr"
             constants[(position,)] = values[name]
         else:
-            kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name == "norm" else "i32"
+            kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name in ("norm", "factor") else "i32"
             signature[name] = kind
-            if name.endswith("_ptr") or name == "K":  # as a launch finds them
+            if name.endswith("_ptr") or name in ("K", "r", "stride_x"):  # as a launch finds them
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     try:
@@ -94,13 +112,144 @@ def compile_for(target, kernel, pointers, values):
         raise
 
 
+# Passes for uncommon sites (fp16, other ranks) and for AMD, which keep a part of their registers in memory: slower than
+# they could be there, not wrong.
+SPILLING = {
+    **{(chip, "quantize int4, no basis"): "fp16 and int4" for chip in TARGETS},
+    ("gfx1100", "quantize int4, one token"): "int4",
+    **{("gfx942", name): "a tile of 8 waves" for name in ("rotate", "quantize codebook", "quantize int4")},
+}
+
+
+def spilled(compiled, target, folder):
+    """Bytes (NVIDIA) or registers (AMD) that the compiled kernel keeps in memory for want of registers."""
+    if target.backend == "hip":
+        counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert counts
+        return sum(map(int, counts))
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listing = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", listing)
+    return int(stack)
+
+
+def check(compiled, target, shared_memory, folder):
+    assert compiled.metadata.shared <= shared_memory
+    assert spilled(compiled, target, folder) == 0
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("chip", TARGETS)
-def test_compiles(chip, name):
+def test_compiles(chip, name, tmp_path):
     target, shared_memory, int8_matrix = TARGETS[chip]
     kernel, pointers, values, is_int8 = KERNELS[name]
     compiled = compile_for(target, kernel, pointers, values)
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     assert re.search(FLOAT_MATRIX, assembly)
     assert not is_int8 or re.search(int8_matrix, assembly)
-    assert compiled.metadata.shared <= shared_memory
+    if (chip, name) in SPILLING:
+        assert compiled.metadata.shared <= shared_memory
+        pytest.xfail(f"spills: {SPILLING[chip, name]}")
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("name", SITE_KERNELS)
+@pytest.mark.parametrize("chip", [chip for chip in TARGETS if chip.startswith("sm_")])
+def test_site_kernels_compile(chip, name, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    kernel, pointers, values = SITE_KERNELS[name]
+    compiled = compile_for(target, kernel, pointers, values)
+    assert re.search(FLOAT_MATRIX, compiled.asm["ptx"])
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("chip", TARGETS)
+def test_few_tokens_compiles(chip, tokens, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    asm = target.backend == "cuda"
+    values = {**LINEAR, "ASM": asm, **triton_w4a16.few_tokens_blocks(tokens)}
+    compiled = compile_for(target, triton_w4a16.few_tokens_kernel, A16, values)
+    assert not asm or "prmt.b32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_unpack_compiles(chip, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    values = {
+        "ASM": target.backend == "cuda",
+        "BLOCK": 1024,
+        "OVERLAP": chip == "sm_90",
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    compiled = compile_for(target, triton_unpack.unpack_kernel, {"packed_ptr": "i32", "out_ptr": "i32"}, values)
+    assert target.backend != "cuda" or "prmt.b32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
+
+
+def compile_gluon(kernel, types, values, folder):
+    """Compiled for Hopper; `types` of arguments that are no 32-bit integers, `values` of the constants."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        pytest.skip("the kernel needs the Gluon of Triton 3.6")
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    source = GluonASTSource(kernel, signature, constants)
+    target, shared_memory, _ = TARGETS["sm_90"]
+    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, folder)
+    return compiled
+
+
+def descriptor(kind, *shape):
+    from triton.experimental.gluon import language as gl
+
+    dtype = {"i8": gl.int8, "bf16": gl.bfloat16}[kind]
+    return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_hopper_product_compiles(columns, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon import language as gl
+
+    from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
+
+    tile = {"BN": columns, "STAGES": 4 if columns == 256 else 5, "PARTS": columns // 128}
+    types = {
+        "a_desc": descriptor("i8", 64, 128),
+        "w_desc": descriptor("i8", columns, 128),
+        "z_desc": descriptor("bf16", 64, 64),
+        "l_desc": descriptor("bf16", columns, 64),
+        "out_desc": descriptor("bf16", 64, 128),
+        "scale_ptr": "*fp32",
+        "weight_scale_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+    }
+    ptx = compile_gluon(kernel, types, {"TOTAL": gl.int32, "HAS_BIAS": True, **tile}, tmp_path).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx
+
+
+@pytest.mark.parametrize("mode", ["project", "codebook", "int4", "int8"])
+def test_hopper_site_compiles(mode, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from dirotq.kernels import gluon_site, hopper_site
+
+    types = {name: descriptor("bf16", 64, 64) for name in ("x_desc", "z_desc", "basis_desc")}
+    types |= {"signs_ptr": "*i8", "codes_ptr": "*i8", "norm": "fp32"}
+    types |= dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32")
+    if mode == "project":
+        compiled = compile_gluon(
+            gluon_site.site_project_hopper_kernel, types, {"STAGES": hopper_site.PROJECT_STAGES}, tmp_path
+        )
+    else:
+        values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
+        compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, types, values, tmp_path)
+        assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])

@@ -28,10 +28,10 @@ def check_quantization(case, mode):
         product = x @ basis
         size = np.linalg.norm(x, axis=1, keepdims=True)
         assert (np.abs(f64(z) - oracle.bf16(product)) <= 2**-7 * np.abs(product) + 1e-6 * size).all()
-        assert (f64(z) == oracle.bf16(product)).mean() > 0.99
+        assert (f64(z) != oracle.bf16(product)).sum() <= max(2, 0.01 * z.numel())
     v = oracle.rotate(x, f64(z), basis, f64(case.signs), case.block)
-    expected, expected_scale, margin = oracle.PROLOGUES[mode](v)
-    np.testing.assert_allclose(f64(scale), expected_scale, rtol=1e-5)
+    np.testing.assert_allclose(f64(scale), oracle.row_scale(x, basis, mode), rtol=1e-5)
+    expected, margin = oracle.PROLOGUES[mode](v, f64(scale))
     # fp32 against float64: only decisions nearer to a tie than the arithmetic resolves may differ.
     np.testing.assert_array_equal(f64(codes)[margin > 1e-3], expected[margin > 1e-3])
     return (margin > 1e-3).mean()
@@ -79,7 +79,8 @@ def test_codebook_ties_go_to_the_smaller_magnitude():
     row[7:14] = -row[:7]
     rest = (64 * 36.0**2 - row.square().sum()) / 50
     row[14:] = rest.sqrt()
-    codes, scale = reference.quantize(row[None] / 36, "codebook")
+    scale = reference.row_scale(row[None] / 36, None, "codebook")
+    codes = reference.quantize(row[None] / 36, scale, "codebook")
     units = (row / 36) / scale
     exact = units[:7] == torch.tensor(kernels.MIDPOINTS)
     assert exact.any()
@@ -141,8 +142,7 @@ def test_linear_a16(dtype, grouped, rank):
     z = torch.randn(5, rank).bfloat16() if rank else None
     y = kernels.linear_a16(x, z, w.weight, scale, w.low_rank, w.bias, kernels.CODEBOOK16)
     exact = oracle.grouped_weight(w.weight.numpy(), f64(scale), kernels.CODEBOOK16)
-    rounded = f64(torch.from_numpy(exact).to(dtype))  # double rounding cannot occur: table · scale has 31 bits
-    expected = f64(x) @ rounded.T + f64(w.bias) + (0 if z is None else f64(z) @ f64(w.low_rank).T)
+    expected = f64(x) @ exact.T + f64(w.bias) + (0 if z is None else f64(z) @ f64(w.low_rank).T)
     cases.assert_close(y, torch.from_numpy(expected).to(dtype))
     fp32 = kernels.dequantize(w.weight, scale, kernels.CODEBOOK16, torch.float32)
     np.testing.assert_allclose(f64(fp32), exact, rtol=1e-7)

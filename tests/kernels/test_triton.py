@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dirotq import kernels
+from dirotq.kernels import reference
 
 from . import cases
 
@@ -88,14 +89,22 @@ def test_rotate_quantize_variants(m, k, rank, block, signs, dtype, device, mode)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("m", "k", "rank", "device"), on([(7, 192, 3), (65, 128, 0)], [(7, 192, 3), (4608, 3072, 64)]))
+@pytest.mark.parametrize(
+    ("m", "k", "rank", "device"),
+    on(
+        [(7, 192, 3), (65, 128, 0)],
+        [(7, 192, 3), (1, 64, 0), *((m, k, 64) for k in (1152, 3072, 15360) for m in cases.TOKENS)],
+    ),
+)
 def test_rotate(m, k, rank, dtype, device):
     case = cases.site(m, k, rank, block=block_of(k), dtype=dtype, device=device)
     v, z = kernels.rotate(*case.arguments)
-    expected, expected_z = by_reference(kernels.rotate, *case.arguments)
-    same_z = (z == expected_z).all(1)
-    assert same_z.float().mean() > 0.5 and v.dtype == dtype
-    cases.assert_close(v[same_z], expected[same_z])
+    # z may round the other way, more often the more columns it sums; v is judged for the z that was returned.
+    size = case.x.float().norm(dim=1, keepdim=True)
+    expected_z = reference.project(case.x, case.basis).float()
+    assert ((z.float() - expected_z).abs() <= 2**-7 * expected_z.abs() + 1e-5 * size).all()
+    expected = reference.residual(case.x, z, case.basis, case.signs, case.block)
+    cases.assert_close(v, expected.to(dtype))
 
 
 @pytest.mark.parametrize(("m", "k", "n", "device"), shapes())
@@ -123,13 +132,61 @@ def test_linear_a8(m, k, n, device, dtype):
         cases.assert_close(single, by_reference(kernels.linear_a8, codes, scale, z, *rest, torch.float32))
 
 
+@pytest.mark.parametrize("rank", [0, 33, 64])
+@pytest.mark.parametrize(
+    ("m", "k", "ns", "device"),
+    on(
+        [(5, 128, (33, 64, 1))], [(m, 3072, (3072, 3072, 3072, 12288)) for m in cases.TOKENS] + [(77, 192, (33, 7, 64))]
+    ),
+)
+def test_siblings_are_their_linears_side_by_side(m, k, ns, device, rank):
+    codes, scale = cases.lattice(m, k, device)
+    own = [cases.weights(n, k, rank, device=device, seed=i) for i, n in enumerate(ns)]
+    z = torch.randn(m, rank, generator=torch.Generator().manual_seed(4)).bfloat16().to(device) if rank else None
+    low_ranks = [w.low_rank for w in own] if rank else []
+    columns = [w.weight for w in own], [w.row_scale / 100 for w in own], low_ranks, [w.bias for w in own]
+    y = kernels.linear_a8_siblings(codes, scale, z, *columns, kernels.CODEBOOK16, torch.bfloat16)
+    for part, w in zip(y.split(ns, 1), own, strict=True):
+        rest = (w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16)
+        cases.assert_close(part, by_reference(kernels.linear_a8, codes, scale, z, *rest))
+
+
+@pytest.mark.parametrize(("n", "k", "device"), on([(1, 64), (33, 192)], [(1, 64), (1153, 1152), (9216, 3072)]))
+def test_unpack(n, k, device):
+    from dirotq.kernels.triton_unpack import unpack
+
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    for table in (kernels.CODEBOOK16, kernels.INT4, tuple(range(-127, 113, 15))):
+        assert torch.equal(unpack(packed.to(device), table).cpu(), kernels.decode(packed, table))
+    e4m3 = unpack(packed.to(device), kernels.CODEBOOK16, torch.float8_e4m3fn)
+    assert torch.equal(e4m3.cpu().float(), kernels.decode(packed, kernels.CODEBOOK16).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 64, 128])
+@pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (4608, 15360, 3072)])
+def test_strategies_agree(m, k, n, rank, monkeypatch):
+    from dirotq.kernels import triton_linear
+
+    codes, scale = cases.lattice(m, k, "cuda")
+    w = cases.weights(n, k, rank, device="cuda")
+    z = torch.randn(m, rank, device="cuda").bfloat16() if rank else None
+    arguments = (codes, scale, z, w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16)
+    if not triton_linear.unpacks_first(m, n, rank, codes.device):
+        pytest.skip("this GPU has one strategy")
+    y = kernels.linear_a8(*arguments)
+    monkeypatch.setattr(triton_linear, "unpacks_first", lambda *_: False)
+    cases.assert_close(y, kernels.linear_a8(*arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
     ("m", "k", "n", "device"),
     on(
         SMALL,
-        [(m, k, n) for k, n in (*cases.PIXART, (3072, 9216), (192, 33), (1152, 1153)) for m in (1, 2, 16, 17, 512)],
+        [(m, k, n) for k, n in (*cases.PIXART, (3072, 9216), (192, 33), (1152, 1153)) for m in (1, 2, 7, 16, 17, 512)]
+        + [(m, 3072, 18432) for m in cases.TOKENS],
     ),
 )
 def test_linear_a16(m, k, n, device, grouped, dtype):

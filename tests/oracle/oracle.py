@@ -140,24 +140,38 @@ def tie_distance(x):
     return np.abs(x - np.floor(x) - 0.5)
 
 
-def activation_codebook(v):
-    s = np.sqrt(np.mean(v**2, axis=1, keepdims=True)) / 36
+def residual_rms(x, site):
+    """rms of v [M, 1] by the energies of x and x U, the residual's counting as 2^-14 of x's at least."""
+    energy = np.sum(x**2, axis=1, keepdims=True)
+    if "basis" in site:
+        explained = np.sum((x @ site["basis"]) ** 2, axis=1, keepdims=True)
+        energy = np.maximum(energy - explained, energy / 2**14)
+    return np.sqrt(energy / x.shape[1])
+
+
+def activation_codebook(v, rms):
+    s = rms / 36
     codes, margin = nearest(CODEBOOK, safe_divide(v, s + 0 * v))
     return s * CODEBOOK[codes], margin
 
 
-def activation_int8(v):
-    s = np.abs(v).max(1, keepdims=True) / 127
+def saturation(v):
+    """The largest |v| / rms in range: 7, or that of a single spike spread over 128 columns."""
+    return max(7, np.sqrt(v.shape[1] / 128))
+
+
+def activation_int8(v, rms):
+    s = saturation(v) * rms / 127
     units = safe_divide(v, s + 0 * v)
-    return s * np.round(units), tie_distance(units)
+    return s * np.clip(np.round(units), -127, 127), tie_distance(units)
 
 
-def activation_int4(v):
+def activation_int4(v, rms):
     """Per 64 columns the integers m in 1..17 and o nearest to the group's span: a = m q + o, q in 0..15."""
-    s = np.abs(v).max(1)[:, None, None] / 127
+    s = saturation(v) * rms[:, :, None] / 127
     groups = v.reshape(len(v), -1, GROUP)
     units = safe_divide(groups, s + 0 * groups)
-    low, high = units.min(2, keepdims=True), units.max(2, keepdims=True)
+    low, high = np.maximum(units.min(2, keepdims=True), -128), np.minimum(units.max(2, keepdims=True), 127)
     step, centre = (high - low) / 15, (high + low) / 2
     m = np.clip(np.floor(step + 0.5), 1, 17)
     o = np.minimum(np.maximum(np.floor(centre - 7.5 * m + 0.5), -128), 127 - 15 * m)
@@ -187,11 +201,11 @@ ACTIVATIONS = {
     "codebook": activation_codebook,
     "int4": activation_int4,
     "int8": activation_int8,
-    "asym_g64": lambda v: activation_asymmetric(v, 4),
-    "asym_g64_8": lambda v: activation_asymmetric(v, 8),
-    "sym_g64": lambda v: activation_symmetric(v, 4),
-    "sym_g64_8": lambda v: activation_symmetric(v, 8),
-    None: lambda v: (v, np.full(v.shape, 0.5)),
+    "asym_g64": lambda v, rms: activation_asymmetric(v, 4),
+    "asym_g64_8": lambda v, rms: activation_asymmetric(v, 8),
+    "sym_g64": lambda v, rms: activation_symmetric(v, 4),
+    "sym_g64_8": lambda v, rms: activation_symmetric(v, 8),
+    None: lambda v, rms: (v, np.full(v.shape, 0.5)),
 }
 
 
@@ -215,7 +229,7 @@ def dequantized(packed, scale, table):
 def forward(x, site, linear, table, activation):
     """y = v-hat W-hat^T + z L^T + b from stored tensors, and which tokens have a close decision."""
     v, z, z_margin = split(x, site)
-    v_hat, margin = ACTIVATIONS[activation](v)
+    v_hat, margin = ACTIVATIONS[activation](v, residual_rms(x, site))
     y = v_hat @ dequantized(linear["weight"], linear["weight_scale"], table).T
     if "low_rank" in linear:
         y = y + z @ linear["low_rank"].T

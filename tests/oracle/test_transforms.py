@@ -148,8 +148,9 @@ def test_quantized_activations(oracle, data, mode):
     x = data[0][:64].float()
     tensors = prepared("subspace_hadamard", 24, "pca", data)
     codes, scale, _ = (oracle.array(t) for t in rotate_quantize(x, tensors["basis"], tensors["signs"], 64, mode))
-    v, _, z_margin = oracle.split(oracle.array(x), stored(oracle, tensors))
-    v_hat, margin = oracle.ACTIVATIONS[mode](v)
+    site = stored(oracle, tensors)
+    v, _, z_margin = oracle.split(oracle.array(x), site)
+    v_hat, margin = oracle.ACTIVATIONS[mode](v, oracle.residual_rms(oracle.array(x), site))
     unclear = (margin < 1e-3) | (z_margin < 1e-3)[:, None]
     assert unclear.mean() < 0.2
     assert np.abs(codes - v_hat / scale[:, None])[~unclear].max() < 1e-2

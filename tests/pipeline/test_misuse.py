@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from accelerate import cpu_offload
+from diffusers import FluxKontextPipeline, FluxPipeline
 from peft import LoraConfig
+from PIL import Image
 
 import dirotq
 from dirotq.dirotq_core import backend
@@ -143,3 +145,34 @@ def test_the_hook_is_put_on_once(flux):
     first = FluxLoraLoaderMixin._calculate_module_shape
     backend._finish(flux.transformer)
     assert FluxLoraLoaderMixin._calculate_module_shape is first
+
+
+@pytest.mark.parametrize("how", ["sequential", "group", "layerwise"])
+def test_offloaded_and_cast_models_are_refused(flux, how):
+    if how == "sequential":
+        cpu_offload(flux.transformer, torch.device("cpu"), offload_buffers=True)
+    elif how == "group":
+        flux.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        flux.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    for prompts in (PROMPTS, None):
+        with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_q.*(is offloaded or has a hook|float8)"):
+            quantize(flux, prompts=prompts)
+    assert not quantized_linears(flux.transformer)
+
+
+def test_pipelines_that_want_an_image(flux):
+    kontext = FluxKontextPipeline(**flux.components)
+    image = Image.new("RGB", (128, 128), "red")
+    quantize(kontext, prompts=PROMPTS, image=image, _auto_resize=False)
+    assert quantized_linears(kontext.transformer)
+
+
+def test_a_quantized_model_survives_pickling(flux, tmp_path, caplog):
+    quantize(flux, prompts=None)
+    torch.save(flux.transformer, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    again.fuse_qkv_projections()
+    assert "FluxTransformer2DModel is quantized" in caplog.text
+    flux.transformer, plain = again, draw(flux)
+    assert torch.equal(draw(flux), plain)

@@ -1,0 +1,169 @@
+"""One linear on a GPU, bf16 in to bf16 out, side by side: F.linear, torch's rowwise fp8, and this package, by part.
+
+    python benchmarks/linear.py [--tokens 1 512 4608] [--shapes 3072x9216] [--modes int4 codebook]
+
+Every time is the median over replays of a CUDA graph that runs each of several sets of random tensors once; together
+the sets are larger than the last-level cache, so operands come from memory. Host time is not in it. Results go to
+benchmarks/results/linear.json and linear.png.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dirotq import kernels
+
+FLUX = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
+PIXART = [(1152, 1152), (1152, 4608), (4608, 1152)]
+TOKENS = [1, 16, 77, 512, 1024, 4608, 16384]
+RANK = 64
+COLD_BYTES = 250e6
+RESULTS = Path(__file__).parent / "results"
+
+
+def median_ms(run: Callable[..., Any], sets: list[tuple], repeats: int = 9) -> float:
+    """Milliseconds of one call of `run`, over all `sets` in turn."""
+    run(*sets[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in sets:
+            run(*arguments)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(sets))
+    return statistics.median(times)
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+class Linear:
+    """Random tensors of one K → N linear and its input."""
+
+    def __init__(self, m: int, k: int, n: int):
+        self.x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        self.dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5
+        self.fp8, self.fp8_scale = fp8_rows(self.dense)
+        self.basis = torch.linalg.qr(torch.randn(k, RANK, device="cuda"))[0].bfloat16().contiguous()
+        self.signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
+        self.weight = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+        self.weight_scale = (0.5 + torch.rand(n, device="cuda")) / (36 * k**0.5)
+        self.low_rank = (torch.randn(n, RANK, device="cuda") / k**0.5).bfloat16()
+        self.bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+        self.table = kernels.CODEBOOK16
+
+    def bf16(self) -> Tensor:
+        return F.linear(self.x, self.dense, self.bias)
+
+    def torch_fp8(self) -> Tensor:
+        return self.fp8_product(*_compiled_fp8_rows(self.x))
+
+    def fp8_product(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return torch._scaled_mm(
+            codes, self.fp8.T, scale, self.fp8_scale.T, bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    def ours(self, mode: str) -> Tensor:
+        return kernels.linear(self.x, self.basis, self.signs, 128, mode, *self._weights())
+
+    def rotate_quantize(self, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.rotate_quantize(self.x, self.basis, self.signs, 128, mode)
+
+    def multiply(self, codes: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+        return kernels.linear_a8(codes, scale, z, *self._weights(), torch.bfloat16)
+
+    def _weights(self) -> tuple:
+        return self.weight, self.weight_scale, self.low_rank, self.bias, self.table
+
+
+_compiled_fp8_rows = torch.compile(fp8_rows, dynamic=True)
+
+
+def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, float]:
+    footprint = 2 * m * k + n * k // 2 + 2 * m * n
+    copies = [Linear(m, k, n) for _ in range(max(2, min(16, int(COLD_BYTES / footprint) + 1)))]
+    sets = [(copy,) for copy in copies]
+    row = {"bf16": median_ms(Linear.bf16, sets)}
+    try:
+        row["torch fp8"] = median_ms(Linear.torch_fp8, sets)
+    except (RuntimeError, ValueError) as error:  # a GPU or shape that torch's fp8 product does not know
+        print(f"torch fp8 is left out: {str(error).splitlines()[0]}")
+    for mode in modes:
+        row[f"ours {mode}"] = median_ms(lambda c, mode=mode: c.ours(mode), sets)
+        row[f"rotate_quantize {mode}"] = median_ms(lambda c, mode=mode: c.rotate_quantize(mode), sets)
+    quantized = [(copy, *copy.rotate_quantize(modes[0])) for copy in copies]
+    row["linear_a8"] = median_ms(Linear.multiply, quantized)
+    return row
+
+
+def plot(rows: list[dict[str, Any]], modes: list[str], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = sorted({(row["K"], row["N"]) for row in rows})
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=(3 * len(shapes), 3.4), sharey=True, squeeze=False)
+    for axis, (k, n) in zip(axes[0], shapes, strict=True):
+        here = sorted((row for row in rows if (row["K"], row["N"]) == (k, n)), key=lambda row: row["M"])
+        for name in ["torch fp8", *(f"ours {mode}" for mode in modes)]:
+            points = [(row["M"], row["ms"]["bf16"] / row["ms"][name]) for row in here if name in row["ms"]]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", title=f"{k} → {n}", xlabel="tokens")
+    axes[0][0].set_ylabel("speed against bf16 F.linear")
+    axes[0][0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "linear.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in FLUX + PIXART], metavar="KxN")
+    parser.add_argument("--modes", nargs="+", default=["int4", "codebook", "int8"])
+    arguments = parser.parse_args()
+    import triton
+
+    setting = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "rank": RANK,
+        "unit": "ms, median",
+    }
+    print(json.dumps(setting))
+    rows = []
+    for shape in arguments.shapes:
+        k, n = map(int, shape.split("x"))
+        for m in arguments.tokens:
+            row = measure(m, k, n, arguments.modes)
+            rows.append({"M": m, "K": k, "N": n, "ms": row})
+            ratios = "  ".join(f"{name} {ms:.4f} (x{row['bf16'] / ms:.2f})" for name, ms in row.items())
+            print(f"{k:>6} -> {n:<6} M {m:<6} {ratios}", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "linear.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+    plot(rows, arguments.modes, f"One linear, everything included: {setting['gpu']}, torch {setting['torch']}")
+
+
+if __name__ == "__main__":
+    main()

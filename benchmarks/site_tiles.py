@@ -1,0 +1,44 @@
+"""Time the passes of `rotate_quantize` over its launch choices on Hopper, those of `kernels/hopper_site.py`.
+
+python benchmarks/site_tiles.py [--tokens 4608] [--columns 3072 12288] [--mode int4]
+"""
+
+import argparse
+from itertools import product
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dirotq.kernels import hopper_site, rotate_quantize
+
+CHOICES = {"PROJECT_PROGRAMS": (108, 144, 216, 264), "PROJECT_STAGES": (3, 4), "RESIDENT": (1, 2, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4608)
+    parser.add_argument("--columns", type=int, nargs="+", default=[3072, 12288])
+    parser.add_argument("--mode", default="int4")
+    arguments = parser.parse_args()
+    for k in arguments.columns:
+        m = arguments.tokens
+        xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, int(250e6 / (2 * m * k))))]
+        basis = torch.linalg.qr(torch.randn(k, 64, device="cuda"))[0].bfloat16().contiguous()
+        signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
+        for values in product(*CHOICES.values()):
+            for name, value in zip(CHOICES, values, strict=True):
+                setattr(hopper_site, name, value)
+            rotate_quantize(xs[0], basis, signs, 128, arguments.mode)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for x in xs * 3:
+                    rotate_quantize(x, basis, signs, 128, arguments.mode)
+                torch.cuda.synchronize()
+            kernels = [event for event in seen.key_averages() if event.key.endswith("_kernel")]
+            parts = "  ".join(f"{event.key.removesuffix('_kernel')} {event.device_time:.1f}" for event in kernels)
+            choice = ", ".join(f"{name} {value}" for name, value in zip(CHOICES, values, strict=True))
+            print(f"K {k}  {choice}: {sum(event.device_time for event in kernels):.1f} us  {parts}")
+
+
+if __name__ == "__main__":
+    main()

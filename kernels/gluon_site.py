@@ -1,0 +1,339 @@
+"""Gluon kernels for Hopper: the two passes of `rotate_quantize` over a common site.
+
+A program keeps tiles of x on their way from memory (the tensor memory accelerator writes them to a ring of buffers), so
+that the next ones arrive while it computes. In the second pass it also holds the operators of its 128 columns, D H
+[128, 128] and −G = −Uᵀ D H [64, 128]: v = x (D H) − z G. A thread of the matrix instruction holds pairs of columns of
+the result. The operators' columns are renumbered (`_target`) so that those are 16 neighbours, stored at once.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_hopper import copy_in, let_next_kernel_start, wait_for_previous_kernel
+
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6, 3.9
+
+BM = gl.constexpr(64)
+COLUMNS = gl.constexpr(128)
+HALF = gl.constexpr(64)
+RANKS = gl.constexpr(64)
+TILE_BYTES = gl.constexpr(64 * 64 * 2)
+
+# Four values v to four bytes m q + o: q = round(v a + b), kept in 0..15. Arguments per element: v, a, b, m, and o + 128
+# in every byte. No byte carries into the next, since 0 <= m q + o + 128 <= 255.
+_INT4 = gl.constexpr("""
+{
+.reg .b32 a, b, c, d, p, q, t;
+mov.b32 t, 0x000f000f;
+fma.rn.f32 a, $1, $5, $9;
+fma.rn.f32 b, $2, $6, $10;
+fma.rn.f32 c, $3, $7, $11;
+fma.rn.f32 d, $4, $8, $12;
+add.rn.f32 a, a, 0f4B400000;
+add.rn.f32 b, b, 0f4B400000;
+add.rn.f32 c, c, 0f4B400000;
+add.rn.f32 d, d, 0f4B400000;
+prmt.b32 p, a, c, 0x5410;
+prmt.b32 q, b, d, 0x5410;
+min.relu.s16x2 p, p, t;
+min.relu.s16x2 q, q, t;
+mad.lo.u32 p, q, 256, p;
+mad.lo.u32 p, p, $13, $17;
+xor.b32 $0, p, 0x80808080;
+}
+""")
+
+# Four values to four bytes: round(v a), kept in -127..127.
+_INT8 = gl.constexpr("""
+{
+.reg .b32 a, b, c, d, p, q, s, t;
+mov.b32 s, 0x007f007f;
+mov.b32 t, 0xff81ff81;
+fma.rn.f32 a, $1, $5, 0f4B400000;
+fma.rn.f32 b, $2, $6, 0f4B400000;
+fma.rn.f32 c, $3, $7, 0f4B400000;
+fma.rn.f32 d, $4, $8, 0f4B400000;
+prmt.b32 p, a, b, 0x5410;
+prmt.b32 q, c, d, 0x5410;
+min.s16x2 p, p, s;
+min.s16x2 q, q, s;
+max.s16x2 p, p, t;
+max.s16x2 q, q, t;
+prmt.b32 $0, p, q, 0x6420;
+}
+""")
+
+# Four values to four bytes of the codebook. The index of a magnitude is how many of the thresholds 8.5, 17.5, 27, 38,
+# 50, 64, 84 lie below |u| = |v a|: the integer part of the least of four lines, each through two neighbouring ones.
+_CODEBOOK = gl.constexpr(
+    """
+{
+.reg .b32 a, b, c, d, f, g, p, q, s, t;
+mov.b32 t, 0x00070007;
+mul.rn.f32 a, $1, $5;
+mul.rn.f32 b, $2, $6;
+mul.rn.f32 c, $3, $7;
+mul.rn.f32 d, $4, $8;
+"""
+    + "".join(
+        f"""
+abs.f32 {x}, {x};
+fma.rn.f32 f, {x}, 0f3DE38E39, 0fBEE38E39;
+fma.rn.f32 g, {x}, 0f3DBA2E8C, 0f3D3A2E8C;
+min.f32 f, f, g;
+fma.rn.f32 g, {x}, 0f3D924925, 0f3F6DB6DB;
+min.f32 f, f, g;
+fma.rn.f32 g, {x}, 0f3D23D70A, 0f4048F5C3;
+min.f32 f, f, g;
+add.rn.f32 {x}, f, 0f4B400000;
+"""
+        for x in "abcd"
+    )
+    + """
+prmt.b32 p, a, c, 0x5410;
+prmt.b32 q, b, d, 0x5410;
+min.relu.s16x2 p, p, t;
+min.relu.s16x2 q, q, t;
+mad.lo.u32 p, q, 256, p;
+shr.u32 q, p, 4;
+or.b32 p, p, q;
+prmt.b32 p, p, p, 0x4420;
+prmt.b32 p, 0x20160d04, 0x6048382c, p;
+prmt.b32 a, $1, $2, 0x00fb;
+prmt.b32 b, $3, $4, 0x00fb;
+prmt.b32 s, a, b, 0x5410;
+xor.b32 p, p, s;
+and.b32 s, s, 0x01010101;
+add.u32 $0, p, s;
+}
+"""
+)
+
+
+@gluon.jit
+def _target(n):
+    """The column of v that the matrix instruction computes as column n."""
+    return (n & 1) | ((n >> 2) & 14) | ((n & 2) << 3) | ((n & 64) >> 1) | ((n & 4) << 4)
+
+
+@gluon.jit
+def _parity(x):
+    x ^= x >> 4
+    x ^= x >> 2
+    x ^= x >> 1
+    return x & 1
+
+
+@gluon.jit
+def _in_order(v, layout: gl.constexpr):
+    """v [BM, 128], its columns as `_target` says."""
+    v = v.reshape([BM, 2, 2, 2, 2, 2, 2, 2]).permute(0, 5, 1, 6, 2, 3, 4, 7)
+    return gl.convert_layout(v.reshape([BM, COLUMNS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _rotation(signs_ptr, first, START: gl.constexpr, BLOCK: gl.constexpr):
+    """Rows START to START + 64 of D H [128, 128] as bf16 of ±1 and 0, columns by `_target`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8, 8], [32, 1, 1], [2, 2, 1], [2, 1, 0])
+    k = START + gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    signs = gl.load(signs_ptr + first + k)
+    k = gl.expand_dims(gl.expand_dims(k, 1), 2)
+    negative = gl.expand_dims(gl.expand_dims((signs < 0).to(gl.int32), 1), 2)
+    high = _target(gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout))) * 8)
+    low = _target(gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout))))
+    high = gl.expand_dims(gl.expand_dims(high, 0), 2)
+    low = gl.expand_dims(gl.expand_dims(low, 0), 1)
+    minus = (_parity(k & high & (BLOCK - 1)) ^ negative) ^ _parity(k & low & (BLOCK - 1))
+    bits = (minus << 15) | 0x3F80
+    if BLOCK < COLUMNS:
+        bits = gl.where(((k ^ (high | low)) & (COLUMNS - BLOCK)) == 0, bits, 0)
+    return bits.to(gl.int16).reshape([HALF, COLUMNS]).to(gl.bfloat16, bitcast=True)
+
+
+@gluon.jit
+def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
+    """int8 codes of v [BM, 128] in order; inverse [BM] is the reciprocal of the scale."""
+    if MODE == "int4":
+        groups = v.reshape([BM, COLUMNS // 64, 64])
+        unit = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, gl.SliceLayout(2, groups.type.layout))), 1)
+        low = gl.maximum(gl.min(groups, 2) * unit, -128.0)
+        high = gl.minimum(gl.max(groups, 2) * unit, 127.0)
+        step = gl.minimum(gl.maximum(gl.floor((high - low) / 15 + 0.5), 1.0), 17.0)
+        offset = gl.floor((low + high) / 2 - 7.5 * step + 0.5)
+        offset = gl.minimum(gl.maximum(offset, -128.0), 127 - 15 * step)
+        shrink = 1 / step
+        a = gl.expand_dims(unit * shrink, 2)
+        b = gl.expand_dims(-offset * shrink, 2)
+        m = gl.expand_dims(step.to(gl.int32), 2)
+        o = gl.expand_dims((offset.to(gl.int32) + 128) * 0x01010101, 2)
+        args = [groups, a, b, m, o]
+        codes = gl.inline_asm_elementwise(_INT4, "=r" + ",r" * 20, args, gl.int8, True, 4)
+        return gl.convert_layout(codes.reshape([BM, COLUMNS]), layout, assert_trivial=True)
+    else:
+        asm: gl.constexpr = _INT8 if MODE == "int8" else _CODEBOOK
+        return gl.inline_asm_elementwise(asm, "=r" + ",r" * 8, [v, gl.expand_dims(inverse, 1)], gl.int8, True, 4)
+
+
+@gluon.jit
+def _copy_x(x_desc, x_bufs, full, slot, tile, first, BYTES: gl.constexpr):
+    ready = full.index(slot)
+    mbarrier.expect(ready, BYTES)
+    copy_in(x_desc, [tile * BM, first], ready, x_bufs.index(2 * slot))
+    copy_in(x_desc, [tile * BM, first + HALF], ready, x_bufs.index(2 * slot + 1))
+
+
+@gluon.jit
+def site_quantize_hopper_kernel(
+    x_desc, z_desc, basis_desc, signs_ptr, scale_ptr, codes_ptr, M, K, norm,
+    PROJECT: gl.constexpr, BLOCK: gl.constexpr, MODE: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """codes [M, K] int8 for scale [M] and z [M, r] bf16; G is held as PARTS bf16 parts."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    out_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 32], [8, 0]],
+        [[0, 16], [0, 64], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BM, COLUMNS],
+    )  # fmt: skip
+    flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RANKS, COLUMNS], gl.bfloat16)
+    x_layout: gl.constexpr = x_desc.layout
+    bytes: gl.constexpr = 3 * TILE_BYTES if PROJECT else 2 * TILE_BYTES
+    first = gl.program_id(0) * COLUMNS
+    step = gl.num_programs(1)
+    tiles = (M + BM - 1) // BM
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, BM, HALF], x_layout)
+    z_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, RANKS], x_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES + 1):
+        mbarrier.init(full.index(slot), count=1)
+    fence_async_shared()
+    barrier()
+    tile = gl.program_id(1)
+    if PROJECT:  # U comes through the last buffers of x
+        ready = full.index(STAGES)
+        mbarrier.expect(ready, 2 * TILE_BYTES)
+        copy_in(basis_desc, [first, 0], ready, x_bufs.index(2 * STAGES - 2))
+        copy_in(basis_desc, [first + HALF, 0], ready, x_bufs.index(2 * STAGES - 1))
+    for slot in gl.static_range(STAGES - 1):
+        if tile + slot * step < tiles:
+            _copy_x(x_desc, x_bufs, full, slot, tile + slot * step, first, bytes)
+
+    top = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 0, BLOCK))
+    low = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 64, BLOCK))
+    g_high = top
+    g_low = top
+    fence_async_shared()
+    barrier()
+    if PROJECT:
+        mbarrier.wait(full.index(STAGES), 0)
+        u_0 = x_bufs.index(2 * STAGES - 2).permute((1, 0))
+        u_1 = x_bufs.index(2 * STAGES - 1).permute((1, 0))
+        g = warpgroup_mma(u_0, top, gl.zeros([RANKS, COLUMNS], gl.float32, mma))
+        g = -warpgroup_mma(u_1, low, g)
+        g_high = gl.allocate_shared_memory(gl.bfloat16, [RANKS, COLUMNS], flat, g.to(gl.bfloat16))
+        if PARTS == 2:
+            rest = g - g.to(gl.bfloat16).to(gl.float32)
+            g_low = gl.allocate_shared_memory(gl.bfloat16, [RANKS, COLUMNS], flat, rest.to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+    if tile + (STAGES - 1) * step < tiles:
+        _copy_x(x_desc, x_bufs, full, STAGES - 1, tile + (STAGES - 1) * step, first, bytes)
+    wait_for_previous_kernel()
+    let_next_kernel_start()
+    if PROJECT:
+        for slot in gl.static_range(STAGES):
+            if tile + slot * step < tiles:
+                copy_in(z_desc, [(tile + slot * step) * BM, 0], full.index(slot), z_bufs.index(slot))
+
+    slot = 0
+    phase = 0
+    while tile < tiles:
+        rows = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, out_layout))
+        scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
+        mbarrier.wait(full.index(slot), phase)
+        total = gl.zeros([BM, COLUMNS], gl.float32, mma)
+        total = warpgroup_mma(x_bufs.index(2 * slot), top, total, use_acc=False, is_async=True)
+        total = warpgroup_mma(x_bufs.index(2 * slot + 1), low, total, is_async=True)
+        if PROJECT:
+            total = warpgroup_mma(z_bufs.index(slot), g_high, total, is_async=True)
+            if PARTS == 2:
+                total = warpgroup_mma(z_bufs.index(slot), g_low, total, is_async=True)
+        total = warpgroup_mma_wait(0, deps=(total,))
+        barrier()
+        ahead = tile + STAGES * step
+        if ahead < tiles:
+            _copy_x(x_desc, x_bufs, full, slot, ahead, first, bytes)
+            if PROJECT:
+                copy_in(z_desc, [ahead * BM, 0], full.index(slot), z_bufs.index(slot))
+        inverse = gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
+        codes = _codes(_in_order(total, out_layout), inverse, out_layout, MODE)
+        cols = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, out_layout))
+        at = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
+        gl.store(codes_ptr + at, codes, mask=gl.expand_dims(rows < M, 1))
+        tile += step
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+
+
+@gluon.jit
+def site_project_hopper_kernel(
+    x_desc, basis_desc, partial_ptr, squares_ptr, M, K, STAGES: gl.constexpr
+):  # fmt: skip
+    """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over every chunks-th 64 columns.
+
+    The programs of a row so read neighbouring columns at a time, as memory likes it.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    let_next_kernel_start()
+    row = gl.program_id(1) * BM
+    chunk = gl.program_id(0)
+    chunks = gl.num_programs(0)
+    steps = (K // HALF - chunk + chunks - 1) // chunks
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, HALF], x_desc.layout)
+    u_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HALF, RANKS], basis_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+    fence_async_shared()
+    barrier()
+    for slot in gl.static_range(STAGES):
+        if slot < steps:
+            ready = full.index(slot)
+            mbarrier.expect(ready, 2 * TILE_BYTES)
+            copy_in(x_desc, [row, (chunk + slot * chunks) * HALF], ready, x_bufs.index(slot))
+            copy_in(basis_desc, [(chunk + slot * chunks) * HALF, 0], ready, u_bufs.index(slot))
+    total = gl.zeros([BM, RANKS], gl.float32, mma)
+    squares = gl.zeros([BM, HALF], gl.float32, operand)
+    slot = 0
+    phase = 0
+    for i in range(0, steps):
+        ready = full.index(slot)
+        mbarrier.wait(ready, phase)
+        total = warpgroup_mma(x_bufs.index(slot), u_bufs.index(slot), total, is_async=True)
+        x = x_bufs.index(slot).load(operand).to(gl.float32)
+        squares += x * x
+        total = warpgroup_mma_wait(0, deps=(total,))
+        barrier()
+        if i + STAGES < steps:
+            mbarrier.expect(ready, 2 * TILE_BYTES)
+            copy_in(x_desc, [row, (chunk + (i + STAGES) * chunks) * HALF], ready, x_bufs.index(slot))
+            copy_in(basis_desc, [(chunk + (i + STAGES) * chunks) * HALF, 0], ready, u_bufs.index(slot))
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+    at = chunk.to(gl.int64) * M
+    rows = row + gl.arange(0, BM, gl.SliceLayout(1, operand))
+    gl.store(squares_ptr + at + rows, gl.sum(squares, 1), mask=rows < M)
+    rows = row + gl.arange(0, BM, gl.SliceLayout(1, mma))
+    ranks = gl.arange(0, RANKS, gl.SliceLayout(0, mma))
+    where = gl.expand_dims((at + rows) * RANKS, 1) + gl.expand_dims(ranks, 0)
+    gl.store(partial_ptr + where, total, mask=gl.expand_dims(rows < M, 1))

@@ -1,0 +1,116 @@
+"""`linear_a8` on Hopper: weights are unpacked to 8 bit, then one product with everything else in its epilogue."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .gluon_hopper import BK, BM, RANKS, linear_a8_hopper_kernel
+from .launch import cdiv, launch
+from .triton_unpack import unpack
+
+# Plain numbers: reading a constant of Triton's takes host time at every launch.
+HALF, COLUMNS, RANK = BM.value // 2, BK.value, RANKS.value
+
+_GLUON = {
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+}
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON[dtype])
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the memory accelerator needs to copy tiles [rows, columns] of a matrix that is `aligned`.
+
+    Its constructor would check that again, which takes longer than a launch.
+    """
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.block_shape = tensor, [rows, columns]
+    made.shape, made.strides = list(tensor.shape), list(tensor.stride())
+    made.layout = _layout(rows, columns, tensor.dtype)
+    return made
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile width, ring depth and slices of the output tile."""
+    if dtype == torch.float32:
+        return {"BN": 128, "STAGES": 4, "PARTS": 2}
+    if cdiv(m, 2 * HALF) * n < 36 * 4096:  # too few wide tiles to fill the chip evenly
+        return {"BN": 128, "STAGES": 5, "PARTS": 1}
+    return {"BN": 256, "STAGES": 4, "PARTS": 2}
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and at an address the memory accelerator takes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def multiply(
+    codes: Tensor, scale: Tensor, z: Tensor | None, w: Tensor, weight_scale: Tensor,
+    low_rank: Tensor | None, bias: Tensor | None, out: Tensor, tile: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """out [M, N] of `linear_a8` for unpacked weights w [N, K] of the dtype of the codes, int8 or e4m3."""
+    m, k = codes.shape
+    n = w.shape[0]
+    tile = tile or blocks(m, n, out.dtype)
+    rank = 0
+    left = right = codes.view(torch.bfloat16)  # never read if the branch is absent
+    if z is not None and low_rank is not None and z.shape[1]:
+        rank, left, right = z.shape[1], z, low_rank
+    a_desc, w_desc = descriptor(codes, HALF, COLUMNS), descriptor(w, tile["BN"], COLUMNS)
+    z_desc = descriptor(left, HALF, RANK)
+    l_desc = descriptor(right, tile["BN"], RANK)
+    out_desc = descriptor(out, HALF, tile["BN"] // tile["PARTS"])
+    tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
+    total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
+    launch(
+        linear_a8_hopper_kernel, (min(tiles, _multiprocessors(codes.device.index)),),
+        a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
+        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    return out
+
+
+def linear_a8(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    table: Sequence[int],
+    out: Tensor,
+) -> Tensor:
+    """`linear_a8_siblings` into `out`. Weights are unpacked anyway, so siblings meet in one matrix at no cost."""
+    low_rank = _stacked(low_ranks) if z is not None and low_ranks else None
+    bias, weight_scale = _stacked(biases) if biases else None, _stacked(weight_scales)
+    w = torch.empty((out.shape[1], codes.shape[1]), dtype=codes.dtype, device=codes.device)
+    start = 0
+    for weight in weights:  # last, right before the product: each waits for the kernel before it
+        end = start + weight.shape[0]
+        unpack(aligned(weight), table, codes.dtype, overlap=True, out=w[start:end])
+        start = end
+    z = None if z is None else aligned(z)
+    return multiply(aligned(codes), scale.contiguous(), z, w, weight_scale, low_rank, bias, out)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return aligned(tensors[0]) if len(tensors) == 1 else torch.cat(list(tensors))

@@ -1,0 +1,65 @@
+"""`rotate_quantize` of a common site on Hopper: x U in parts, their sum and the scales, then the codes.
+
+Each kernel but the first is launched while the one before it ends, and waits for it where it needs its results.
+"""
+
+import torch
+from torch import Tensor
+
+from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
+from .hopper import aligned, descriptor
+from .launch import cdiv, launch
+from .reference import scale_of_rms
+from .triton_site import sum_project_kernel, tiles_per_program
+
+# Found by measurement (benchmarks/site_tiles.py).
+PROJECT_PROGRAMS = 216
+PROJECT_STAGES = 4
+MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
+STAGES = 2
+RESIDENT = 2  # programs of the second pass on a multiprocessor
+# A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
+PARTS = {"codebook": 1, "int4": 1, "int8": 2}
+
+
+def project_chunks(row_tiles: int, blocks: int) -> int:
+    """Programs of the projection that share the rows of a tile, for `blocks` of 128 columns in K."""
+    return min(blocks, max(1, PROJECT_PROGRAMS // row_tiles), MOST_CHUNKS)
+
+
+def rotate_quantize(
+    x: Tensor, basis: Tensor | None, signs: Tensor, block: int, mode: str, z: Tensor, multiprocessors: int
+) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] and scale [M]; fills z [M, r], r a multiple of 8."""
+    m, k = x.shape
+    rank = z.shape[1]
+    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m == 1:  # a single row may have any stride
+        x = x.flatten().unsqueeze(0)
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = aligned(x)
+    x_desc = descriptor(x, BM.value, RANKS.value)
+    basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANKS.value, RANKS.value)
+    row_tiles, blocks = cdiv(m, BM.value), k // COLUMNS.value
+    chunks = project_chunks(row_tiles, blocks)
+    squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
+    launch(
+        site_project_hopper_kernel, (chunks, row_tiles),
+        x_desc, basis_desc, partial, squares, m, k, STAGES=PROJECT_STAGES, num_warps=4,
+    )  # fmt: skip
+    launch(
+        sum_project_kernel, (cdiv(m, 16),),
+        partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
+        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
+    z_desc = descriptor(z, BM.value, RANKS.value) if rank else x_desc
+    launch(
+        site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
+        x_desc, z_desc, basis_desc, signs.contiguous(), scale, codes, m, k, block**-0.5,
+        PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    return codes, scale

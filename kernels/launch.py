@@ -1,0 +1,49 @@
+"""Launching Triton kernels with little time spent on the host.
+
+`kernel[grid](…)` finds out at every launch which compiled variant its arguments ask for. A step of FLUX.1 launches some
+two thousand kernels of ours, and on a fast GPU the host then falls behind. `launch` remembers the variant by what
+decides it and calls it directly.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A product and a sum are rounded apart, as in the reference: no fused multiply-add.
+OPTIONS = {"enable_fp_fusion": False}
+
+_variants: dict[tuple, tuple[Any, list]] = {}
+_MOST_VARIANTS = 10_000  # every number of tokens makes new ones; Triton keeps what it compiled itself
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. That of Triton also takes its constants, which costs a launch's worth of host time."""
+    return -(-a // b)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """`kernel[grid](*args, **constants, **OPTIONS)` on the current device.
+
+    args: the run-time arguments, in order: tensors, descriptors of tensors, integers, floats. constants: the
+    compile-time ones, which come after them in the kernel's signature, and launch options.
+    """
+    decides: list[Any] = [kernel, torch.cuda.current_device() if torch.cuda.is_initialized() else -1]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            decides += (arg.dtype, arg.data_ptr() % 16 == 0)
+        else:  # a number, or a descriptor: its block and layout follow from the dtype and the constants
+            base = getattr(arg, "base", None)
+            decides.append(arg if base is None else base.dtype)
+    decides += constants.items()
+    key = tuple(decides)
+    grid = (*grid, 1, 1)[:3]
+    known = _variants.get(key)
+    if known is not None:
+        known[0][grid](*args, *known[1])
+        return
+    compiled = kernel[grid](*args, **constants, **OPTIONS)
+    if len(_variants) >= _MOST_VARIANTS:
+        _variants.clear()
+    if compiled is not None:  # Triton's interpreter compiles nothing
+        _variants[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
