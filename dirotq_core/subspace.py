@@ -11,10 +11,16 @@ import torch
 COVARIANCE_DAMPING = 0.01
 #: Widths up to which eigenvectors are found by eigh, in float64.
 EXACT_WIDTH = 1024
-#: Where a wide site's joint basis stops: a gain, in the logarithm of the error, far below what a decibel shows.
-IMPLICIT_TOLERANCE = 1e-4
-#: Rounds of subspace iteration at most; steep spectra need about ten.
-ITERATIONS = 60
+#: Where iteration stops: a round that lowers what is outside of the subspace by less than this share (0.0001 dB).
+TOLERANCE = 2e-5
+#: The same for the joint objective from tangent to tangent.
+TANGENT_TOLERANCE = 1e-4
+#: Rounds of subspace iteration at most; steep spectra need about five.
+ITERATIONS = 30
+#: Rounds on one tangent of the joint objective, before the next tangent is taken.
+TANGENT_ITERATIONS = 3
+#: Widest projected problem that LAPACK solves faster than a GPU.
+SMALL = 512
 
 
 def eigenvectors_ascending(moment: torch.Tensor) -> torch.Tensor:
@@ -25,58 +31,47 @@ def eigenvectors_ascending(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _exact(width: int, rank: int) -> bool:
-    return width <= EXACT_WIDTH or 8 * rank >= width
+    return width <= EXACT_WIDTH or 3 * rank >= width
 
 
-def top_eigenvectors(matrix: torch.Tensor, rank: int, start: torch.Tensor | None = None) -> torch.Tensor:
-    """An orthonormal basis U [K, r] of the top-`rank` eigenvectors of a symmetric, positive matrix [K, K].
+def top_eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """An orthonormal basis U [K, r] of the top-`rank` eigenvectors of a symmetric, positive matrix [K, K], float64.
 
-    Small or nearly full problems are solved by eigh in float64, the others by `iterate_subspace` in the matrix's dtype.
+    Small or nearly full problems are solved by eigh in float64, the others by subspace iteration in the matrix's dtype.
     """
     k = len(matrix)
     if _exact(k, rank):
         return torch.linalg.eigh(matrix.double())[1][:, k - rank :]
-    return iterate_subspace(lambda q: matrix @ q, matrix.new_empty(k, 0), rank, start)
+    start, trace = random_directions(matrix, rank), float(matrix.diagonal().sum(dtype=torch.float64))
+    return iterate_subspace(lambda q: matrix @ q, start, rank, trace, ITERATIONS)[:, -rank:].double()
+
+
+def random_directions(like: torch.Tensor, rank: int) -> torch.Tensor:
+    """Where iteration begins: r columns and some more [K, > r] with the dtype and device of `like` [K, …]."""
+    generator = torch.Generator().manual_seed(0)
+    columns = min(len(like), rank + max(64, rank // 4))
+    return torch.randn(len(like), columns, generator=generator, dtype=torch.float64).to(like)
 
 
 def iterate_subspace(
-    product: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, rank: int, start: torch.Tensor | None = None,
-    tolerance: float = 1e-7,
-) -> torch.Tensor:  # fmt: skip
-    """The top-`rank` eigenvectors U [K, r], float64, of the symmetric positive A that `product(q)` = A q applies.
-
-    Subspace iteration with Rayleigh–Ritz (Halko, Martinsson, Tropp, arXiv 0909.4061) on twice the columns, until
-    another round gains less than `tolerance` of the captured trace: eigh of one float64 matrix of FLUX.1's width 15360
-    takes minutes on a data-centre GPU.
-
-    Args:
-        like: an empty tensor [K, 0] with the dtype and the device to compute in.
-        start: [K, ≤ 2r], where to begin; random directions fill it up.
-    """
-    return _ritz(product, _start(like, rank, start), rank, tolerance)[:, -rank:].double()
-
-
-def _start(like: torch.Tensor, rank: int, start: torch.Tensor | None = None) -> torch.Tensor:
-    """2r directions [K, 2r]: those of `start`, filled up with random ones."""
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(len(like), 2 * rank, generator=generator, dtype=torch.float64).to(like)
-    if start is not None:
-        block[:, : start.shape[1]] = start.to(block)
-    return block
-
-
-def _ritz(
-    product: Callable[[torch.Tensor], torch.Tensor], block: torch.Tensor, rank: int, tolerance: float
+    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, rank: int, trace: float, iterations: int
 ) -> torch.Tensor:
-    """All Ritz vectors [K, 2r], ascending; the last r are the answer, the others a good start for a similar matrix."""
-    q = torch.linalg.qr(block)[0]
-    captured = 0.0
-    for _ in range(ITERATIONS):
+    """All Ritz vectors [K, columns of `start`], ascending, of the symmetric positive A that `product(q)` = A q applies.
+
+    Subspace iteration with Rayleigh–Ritz (Halko, Martinsson, Tropp, arXiv 0909.4061): the last `rank` columns span the
+    answer, the others make a better start for a similar matrix. It stops where another round lowers the part of
+    `trace` outside of the subspace by less than `TOLERANCE` of it. Among directions of nearly equal variance it does
+    not decide, and need not: eigh would take seconds to minutes at FLUX.1's widths (docs/quantize.md).
+    """
+    q = torch.linalg.qr(start)[0]
+    inside = 0.0
+    for i in range(iterations):
         image = product(q)
-        # Small, and LAPACK is faster at it than a GPU.
-        values, vectors = torch.linalg.eigh((q.T @ image).cpu().double())
-        gained, captured = float(values[-rank:].sum()) - captured, float(values[-rank:].sum())
-        if gained <= tolerance * captured:
+        projected = q.T @ image
+        # Small ones LAPACK solves faster than a GPU.
+        values, vectors = torch.linalg.eigh((projected.cpu() if len(projected) <= SMALL else projected).double())
+        before, inside = inside, float(values[-rank:].sum())
+        if i == iterations - 1 or inside - before <= TOLERANCE * max(trace - inside, 0.0):
             break
         q = torch.linalg.qr(image)[0]
     return q @ vectors.to(q)
@@ -102,68 +97,90 @@ def joint_basis(moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int
     Args:
         moment: C [K, K]. weights: the siblings' W [N, K]. rank: r.
     """
-    find = _exact_pair if _exact(len(moment), rank) else _implicit_pair
-    (c, c_trace), (g, g_trace), top = find(moment, weights, rank)
-    u = pca_basis(moment.double() if find is _exact_pair else moment, rank)
+    problem = (_ExactPair if _exact(len(moment), rank) else _ImplicitPair)(moment, weights, rank)
     previous = float("inf")
     for _ in range(iterations):
-        c_res, g_res = _residual(c, c_trace, u), _residual(g, g_trace, u)
+        c_res, g_res = problem.residuals()
         objective = math.log(c_res) + math.log(g_res)
-        if previous - objective < 1e-6:
+        if previous - objective < problem.tolerance:
             break
         previous = objective
-        u = top(c_res, g_res, u)
-    return u
+        problem.improve(c_res, g_res)
+    return problem.basis
 
 
-#: q ↦ A q, and tr(A).
-_Operator = tuple[Callable[[torch.Tensor], torch.Tensor], float]
-#: (c_res, g_res, U) ↦ the top eigenvectors of C / c_res + G / g_res.
-_Top = Callable[[float, float, torch.Tensor], torch.Tensor]
+class _ExactPair:
+    """C and G as matrices, in float64. `basis` begins as that of C alone."""
+
+    tolerance = 1e-6
+
+    def __init__(self, moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int):
+        c = moment.double()
+        self.c = (c + c.T) / 2
+        self.g = torch.zeros_like(c)
+        for w in weights:
+            w = w.to(c)
+            self.g.addmm_(w.T, w)
+        self.rank = rank
+        self.basis = top_eigenvectors(self.c, rank)
+
+    def residuals(self) -> tuple[float, float]:
+        """tr(PC) and tr(PG)."""
+        u = self.basis
+        return _residual(self.c.trace(), u, self.c @ u), _residual(self.g.trace(), u, self.g @ u)
+
+    def improve(self, c_res: float, g_res: float) -> None:
+        """U ← top eigenvectors of C / c_res + G / g_res."""
+        self.basis = top_eigenvectors(self.c / c_res + self.g / g_res, self.rank)
 
 
-def _exact_pair(moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int) -> tuple[_Operator, _Operator, _Top]:
-    """C and G as matrices, in float64."""
-    c = moment.double()
-    c = (c + c.T) / 2
-    g = torch.zeros_like(c)
-    for w in weights:
-        w = w.to(c)
-        g.addmm_(w.T, w)
+class _ImplicitPair:
+    """C as it is and G as a product of factors, in float32: no second matrix of C's size, no slow float64.
 
-    def top(c_res: float, g_res: float, u: torch.Tensor) -> torch.Tensor:
-        return top_eigenvectors(c / c_res + g / g_res, rank, start=u)
+    A tangent's subspace is only approached, from the last one: each round raises what it captures, so the objective
+    falls all the same.
+    """
 
-    return (lambda q: c @ q, float(c.diagonal().sum())), (lambda q: g @ q, float(g.diagonal().sum())), top
+    tolerance = TANGENT_TOLERANCE
+
+    def __init__(self, moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int):
+        self.c = moment.float()
+        self.factors = [w.to(self.c) for w in weights]
+        self.rank = rank
+        self.c_trace = self.c.diagonal().sum(dtype=torch.float64)
+        self.g_trace = torch.stack([w.square().sum(dtype=torch.float64) for w in self.factors]).sum()
+        self.ritz = random_directions(self.c, rank)
+        self._iterate(self._c_product, float(self.c_trace), ITERATIONS)
+
+    @property
+    def basis(self) -> torch.Tensor:
+        return self.ritz[:, -self.rank :].double()
+
+    def residuals(self) -> tuple[float, float]:
+        """tr(PC) and tr(PG)."""
+        u = self.ritz[:, -self.rank :]
+        return _residual(self.c_trace, u, self._c_product(u)), _residual(self.g_trace, u, self._g_product(u))
+
+    def improve(self, c_res: float, g_res: float) -> None:
+        """U ← nearer to the top eigenvectors of C / c_res + G / g_res."""
+        trace = float(self.c_trace) / c_res + float(self.g_trace) / g_res
+        self._iterate(
+            lambda q: self._c_product(q) / c_res + self._g_product(q) / g_res, trace, TANGENT_ITERATIONS
+        )  # fmt: skip
+
+    def _iterate(self, product: Callable[[torch.Tensor], torch.Tensor], trace: float, iterations: int) -> None:
+        self.ritz = iterate_subspace(product, self.ritz, self.rank, trace, iterations)
+
+    def _c_product(self, q: torch.Tensor) -> torch.Tensor:
+        return self.c @ q
+
+    def _g_product(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.stack([w.T @ (w @ q) for w in self.factors]).sum(0)
 
 
-def _implicit_pair(
-    moment: torch.Tensor, weights: Sequence[torch.Tensor], rank: int
-) -> tuple[_Operator, _Operator, _Top]:
-    """C as it is and G as a product of factors, in float32: no second matrix of C's size, no slow float64."""
-    c = moment.float()
-    factors = [w.to(c) for w in weights]
-
-    def c_product(q: torch.Tensor) -> torch.Tensor:
-        return c @ q.to(c)
-
-    def g_product(q: torch.Tensor) -> torch.Tensor:
-        q = q.to(c)
-        return torch.stack([w.T @ (w @ q) for w in factors]).sum(0)
-
-    def top(c_res: float, g_res: float, u: torch.Tensor) -> torch.Tensor:
-        return iterate_subspace(
-            lambda q: c_product(q) / c_res + g_product(q) / g_res, c.new_empty(len(c), 0), rank, start=u
-        )
-
-    g_trace = sum(float(w.square().sum(dtype=torch.float64)) for w in factors)
-    return (c_product, float(c.diagonal().sum(dtype=torch.float64))), (g_product, g_trace), top
-
-
-def _residual(product: Callable[[torch.Tensor], torch.Tensor], trace: float, u: torch.Tensor) -> float:
-    """tr(PA) for the symmetric A and P = I − UUᵀ."""
-    inside = float((u * product(u)).sum(dtype=torch.float64))
-    return max(trace - inside, 1e-30)
+def _residual(trace: torch.Tensor, u: torch.Tensor, image: torch.Tensor) -> float:
+    """tr(PA) for P = I − UUᵀ, of tr(A) and A U."""
+    return max(float(trace - (u * image).sum(dtype=torch.float64)), 1e-30)
 
 
 def captured_energy(moment: torch.Tensor, basis: torch.Tensor) -> float:
