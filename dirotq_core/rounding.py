@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels import round_columns
 from .codebooks import WeightFormat
 
 #: Candidate factors on the initial scale, tried in `search_scales`.
@@ -85,23 +86,16 @@ def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Roun
     if factor is None:
         return replace(round_nearest(w, fmt, importance), fallback=note)
     scale = search_scales(w, fmt, importance)
-    columns = fmt.expand(scale, w.shape[1])[:, order]
-    divisors = torch.where(columns > 0, columns, torch.inf)  # of an all-zero row: what is divided becomes zero
+    columns = fmt.expand(scale, w.shape[1])[:, order].contiguous()
     midpoints, codes, values = fmt.decision(w.device)
-    work = w.float()[:, order].clone()
+    work = w.float()[:, order].contiguous()
     chosen = torch.empty(work.shape, dtype=torch.uint8, device=w.device)
     for start in range(0, work.shape[1], GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, work.shape[1])
-        block, u = work[:, start:stop], factor[start:stop, start:stop]
-        pivots = u.diagonal()
-        errors = torch.empty_like(block)
-        # One column after the other: on a GPU the time is that of launching these few operations.
-        for i in range(stop - start):
-            column, j = block[:, i], start + i
-            entry = torch.bucketize(column / divisors[:, j], midpoints, out_int32=True)
-            chosen[:, j] = entry
-            errors[:, i] = (column - values[entry] * columns[:, j]) / pivots[i]
-            block[:, i + 1 :] -= torch.outer(errors[:, i], u[i, i + 1 :])
+        entries, errors = round_columns(
+            work[:, start:stop], factor[start:stop, start:stop], columns[:, start:stop], midpoints, values
+        )
+        chosen[:, start:stop] = entries
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     return Rounded(codes[chosen.int()][:, order.argsort()], scale, note)
 

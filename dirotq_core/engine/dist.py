@@ -63,7 +63,8 @@ class World:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self.gather([None])
+        if self.size > 1:
+            dist.all_gather_object([None] * self.size, None)
 
     def mine(self, items: Sequence[T]) -> list[T]:
         """This process's share of `items`: every size-th one."""
@@ -77,13 +78,24 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def gather(self, mine: list[T]) -> list[T]:
-        """What `mine` split, put together again from what every process made of its share."""
-        if self.size == 1:
-            return mine
-        shares: list[Any] = [None] * self.size
-        dist.all_gather_object(shares, mine)
-        return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
+    def split(self, costs: Sequence[float]) -> list[list[int]]:
+        """Which of as many items each process takes: the costliest first, each to the process with the least so far."""
+        shares: list[list[int]] = [[] for _ in range(self.size)]
+        loads = [0.0] * self.size
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            rank = loads.index(min(loads))
+            shares[rank].append(i)
+            loads[rank] += costs[i]
+        return shares
+
+    def gather(self, mine: list[T], shares: Sequence[Sequence[int]]) -> list[T]:
+        """Items in order, from what every process made of its share of them (`split`)."""
+        made: list[Any] = [mine]
+        if self.size > 1:
+            made = [None] * self.size
+            dist.all_gather_object(made, mine)
+        items = {i: item for share, part in zip(shares, made, strict=True) for i, item in zip(share, part, strict=True)}
+        return [items[i] for i in range(len(items))]
 
     def sum_statistics(self, calibration: Calibration) -> None:
         """Let every process have the second moments and the held-out tokens of all."""

@@ -12,6 +12,7 @@ from torch import nn
 from ..build import replace_linears, solved_modules
 from ..calibrate import HELD_OUT_TOKENS, Calibration
 from ..config import DiRotQConfig
+from ..layout import SitePlan
 from ..linear import SiteMemo
 from ..quantize import solve_all
 from ..solve import LinearReport
@@ -58,10 +59,12 @@ class Workshop:
         if self.activations is not None:
             with self.watch("statistics"):
                 self._observe(block, module, calibration, hand_on and not self.options.sequential)
-        world = self.world
         with self.watch("solving"):
-            solved = solve_all(model, world.mine(block.sites), config, calibration, progress=False, consume=True)[1]
-            solved = world.gather(solved)
+            shares = self.world.split([_cost(s) for s in block.sites])
+            mine = [block.sites[i] for i in shares[self.world.rank]]
+            solved = solve_all(model, mine, config, calibration, progress=False, consume=True)[1]
+        with self.watch("exchanging"):
+            solved = self.world.gather(solved, shares)
         memo = SiteMemo()
         for plan, site in zip(block.sites, solved, strict=True):
             for name, quantized in solved_modules(model, plan, site, config, memo).items():
@@ -109,3 +112,8 @@ class Workshop:
     def _call(self, block: Block, module: nn.Module, i: int) -> dict[str, Any]:
         assert self.activations is not None
         return call_block(module, block.recipe, to_device(self.activations.arguments(i), self.options.device))
+
+
+def _cost(site: SitePlan) -> float:
+    """Of solving a site, as far as it tells the slow ones from the others."""
+    return float(site.in_features**2 * (site.in_features + sum(site.out_features))) if site.method else 0.0

@@ -27,7 +27,7 @@ from .options import EngineOptions
 from .output import assemble
 from .process import Workshop
 from .request import check_call, fingerprint, images_of
-from .samples import Activations, read_samples
+from .samples import Activations, read_samples, share_on
 from .source import Source, open_source, read_tensors
 from .timing import Stopwatch
 
@@ -98,7 +98,7 @@ def quantize_checkpoint(
                 with run.watch("assembling"):
                     assemble(journal, parts, target, source, config, plans, report, options)
                 journal.remove()
-                logger.info("%s", run.watch.text())
+                logger.info("seconds by stage: %s", run.watch)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -195,8 +195,8 @@ class _Run:
             )  # fmt: skip
         samples = [s for part in parts for s in read_samples(self.journal.part(part))]
         activations = Activations(
-            self.world.mine(samples), self.blocks[0].recipe.returns, host_limit(self.options) / self.world.size,
-            self.journal.folder / f"activations-{self.world.rank}",
+            share_on(self.options.device, self.world.mine(samples)), self.blocks[0].recipe.returns,
+            host_limit(self.options) / self.world.size, self.journal.folder / f"activations-{self.world.rank}",
             pinned=self.options.device.startswith("cuda"),
         )  # fmt: skip
         if activations.on_disk:

@@ -73,6 +73,25 @@ def read_samples(file: Path) -> list[Sample]:
     return [Sample({k: unpack(v) for k, v in s["arguments"].items()}, s["held_out"]) for s in form]
 
 
+def share_on(device: torch.device | str, samples: list[Sample]) -> list[Sample]:
+    """`samples` with nested tensors, which are the same for many of them, on `device`, each once."""
+    there: dict[int, torch.Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in there:
+                there[id(value)] = value.to(device)
+            return there[id(value)]
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(v) for v in value)
+        return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def argument(value: Any) -> Any:
+        return value if isinstance(value, torch.Tensor) else move(value)
+
+    return [Sample({k: argument(v) for k, v in s.arguments.items()}, s.held_out) for s in samples]
+
+
 class Activations:
     """What the blocks hand on, per sample: at first the samples' own, then what was last put.
 

@@ -26,6 +26,5 @@ class Stopwatch:
                 torch.cuda.synchronize()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def text(self) -> str:
-        """One line."""
+    def __str__(self) -> str:
         return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())

@@ -38,7 +38,8 @@ def test_two_processes(undisturbed, tmp_path):
 
 def test_alone_nothing_is_split():
     world = World.join()
-    assert world == World() and world.first and world.mine([1, 2, 3]) == [1, 2, 3] == world.gather([1, 2, 3])
+    assert world == World() and world.first and world.mine([1, 2, 3]) == [1, 2, 3]
+    assert world.gather([3, 1, 2], world.split([1, 1, 5])) == [1, 2, 3]
     assert world.share("x") == "x" and world.device("cuda") == "cuda"
     world.wait()
     world.leave()
@@ -49,8 +50,15 @@ def test_shares_make_the_whole(monkeypatch):
     shares = [World(rank, 3).mine(items) for rank in range(3)]
     assert sorted(i for share in shares for i in share) == items
 
+
+def test_the_costliest_sites_are_apart(monkeypatch):
+    costs, items = [1, 9, 2, 8, 7, 1, 0], list("abcdefg")
+    shares = World(0, 3).split(costs)
+    assert sorted(i for share in shares for i in share) == list(range(7))
+    assert sorted(sum(costs[i] for i in share) for share in shares) == [9, 9, 10]
+
     def all_gather(box, mine):
-        box[:] = shares
+        box[:] = [[items[i] for i in share] for share in shares]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
-    assert World(1, 3).gather(shares[1]) == items
+    assert World(1, 3).gather([items[i] for i in shares[1]], shares) == items
