@@ -38,6 +38,8 @@ SAMPLES = (2, 4, 8, 16, 32, 64)
 TIMESTEPS = (1, 2, 4, 8, 20)
 #: What the rows about timesteps have in common, and the rows about samples.
 FIXED_SAMPLES, FIXED_TIMESTEPS = 16, 4
+#: What is repeated with other prompts and noise: images move by a decibel between repeats.
+REPEATED_SAMPLES = (8, 16, 32)
 
 
 class HeldOut:
@@ -92,12 +94,17 @@ def _db(signal: torch.Tensor, noise: torch.Tensor) -> float:
     return float(10 * torch.log10(signal.double().square().sum() / noise.double().square().sum()))
 
 
-def rows() -> list[dict]:
-    """Every run, once."""
-    chosen = [{"sequential": s, "samples": n, "timesteps": FIXED_TIMESTEPS} for n in SAMPLES for s in (True, False)] + [
+def rows(seed: int) -> list[dict]:
+    """Every run of a seed; the first one has all."""
+    if seed:
+        return [
+            {"sequential": s, "samples": n, "timesteps": FIXED_TIMESTEPS}
+            for n in REPEATED_SAMPLES
+            for s in (True, False)
+        ]
+    return [{"sequential": s, "samples": n, "timesteps": FIXED_TIMESTEPS} for n in SAMPLES for s in (True, False)] + [
         {"sequential": True, "samples": FIXED_SAMPLES, "timesteps": t} for t in TIMESTEPS if t != FIXED_TIMESTEPS
     ]
-    return chosen
 
 
 def evaluate(name: str, held_out: HeldOut, row: dict, seed: int) -> dict:
@@ -152,21 +159,23 @@ def plot(results: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--held-out", type=int, default=16, help="held-out prompts to draw (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="repeats with other prompts and noise")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="other prompts and noise for each")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file (default %(default)s)")
     parser.add_argument("--plot-only", action="store_true", help="draw the plots of the results that are there")
     args = parser.parse_args()
     if args.plot_only:
-        plot(json.loads(RESULTS.read_text())["rows"])
+        plot(json.loads(args.out.read_text())["rows"])
         return
     results: list[dict] = []
-    for name in MODELS:
+    for name in args.models:
         held_out = HeldOut(name, args.held_out)
-        for seed in range(args.seeds):
-            for row in rows():
+        for seed in args.seeds:
+            for row in rows(seed):
                 results.append(evaluate(name, held_out, row, seed))
                 print(json.dumps(results[-1]), flush=True)
     body = {"torch": torch.__version__, "device": "cpu", "held_out": args.held_out, "rows": results}
-    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+    args.out.write_text(json.dumps(body, indent=1) + "\n")
     plot(results)
 
 

@@ -19,7 +19,7 @@ TANGENT_TOLERANCE = 1e-4
 ITERATIONS = 30
 #: Rounds on one tangent of the joint objective, before the next tangent is taken.
 TANGENT_ITERATIONS = 3
-#: Widest projected problem that LAPACK solves faster than a GPU.
+#: Widest projected problem that is solved on the host, on one thread: more of them, or a GPU, spend their time waiting.
 SMALL = 512
 
 
@@ -68,13 +68,23 @@ def iterate_subspace(
     for i in range(iterations):
         image = product(q)
         projected = q.T @ image
-        # Small ones LAPACK solves faster than a GPU.
-        values, vectors = torch.linalg.eigh((projected.cpu() if len(projected) <= SMALL else projected).double())
+        values, vectors = _small_eigh(projected) if len(projected) <= SMALL else torch.linalg.eigh(projected.double())
         before, inside = inside, float(values[-rank:].sum())
         if i == iterations - 1 or inside - before <= TOLERANCE * max(trace - inside, 0.0):
             break
         q = torch.linalg.qr(image)[0]
     return q @ vectors.to(q)
+
+
+def _small_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues ascending and eigenvectors in float64, on the host."""
+    matrix = matrix.cpu().double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.eigh(matrix)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pca_basis(moment: torch.Tensor, rank: int) -> torch.Tensor:

@@ -64,6 +64,14 @@ def materialize(model: nn.Module, tensors: Mapping[str, torch.Tensor], device: t
             setattr(module, leaf, tensor)
 
 
+def place_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Put buffers that are in no file (PixArt's position embeddings) on `device`."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
 def release(module: nn.Module) -> None:
     """Give the memory of a module's parameters back; shapes stay, and so do buffers, which may be in no file."""
     for part in module.modules():

@@ -29,6 +29,7 @@ from .blocks import (
     chunk_rows,
     materialize,
     pinned,
+    place_buffers,
     read_ahead,
     release,
     take_rows,
@@ -79,6 +80,7 @@ def _draw_parts(
     seed: int, options: EngineOptions, journal: Journal, missing: list[tuple[str, int]], progress: bool,
 ) -> None:  # fmt: skip
     model = source.model(options.dtype)
+    place_buffers(model, options.device)
     materialize(model, source.read(outer, options.dtype), options.device)
     pipeline = load_pipeline(source, model, options)
     held = len(prompts) - held_out_prompts(len(prompts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from ..checkpoint import checkpoint_tensors
 from ..config import DiRotQConfig
@@ -32,11 +34,19 @@ IMAGE_TOKENS = 4096
 TEXT_TOKENS = 512
 #: Room left on the disk.
 DISK_MARGIN = 1.02
+#: Share of a plain product's speed that a whole run comes to, and seconds beside: per calibrated site, per linear
+#: without calibration, per GB read and per GB written. Fits an H200: FLUX.1-dev's shape 323 s, without calibration 27,
+#: PixArt-Σ's 78 (docs/quantize.md).
+EFFICIENCY = 0.5
+SECONDS_PER_SITE, SECONDS_PER_LINEAR, SECONDS_PER_GB_READ, SECONDS_PER_GB_WRITTEN = 0.1, 0.02, 0.2, 1.8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, and multiply-add operations. Activations follow from an assumed number of tokens per image."""
+    """Bytes, and multiply-add operations. Activations follow from an assumed number of tokens per image.
+
+    `speed` is that of the device, multiply-adds per second, None if it was not measured.
+    """
 
     model: str
     blocks: int
@@ -54,6 +64,16 @@ class Estimate:
     gpu_bytes: int
     host_bytes: int
     operations: float
+    speed: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it takes, roughly."""
+        if self.speed is None:
+            return None
+        each = self.sites * SECONDS_PER_SITE if self.images else self.linears * SECONDS_PER_LINEAR
+        files = SECONDS_PER_GB_READ * self.dense_bytes / 1e9 + SECONDS_PER_GB_WRITTEN * self.output_bytes / 1e9
+        return self.operations / (self.speed * EFFICIENCY) + each + files
 
     @property
     def disk_bytes(self) -> int:
@@ -69,10 +89,10 @@ class Estimate:
                 f"about {self.gpu_bytes / 1e9:.1f} GB of GPU memory are needed, {options.max_gpu_memory:g} are allowed "
                 "(max_gpu_memory); a smaller rank or chunk_tokens needs less"
             )
-        import torch
-
-        total = torch.cuda.get_device_properties(options.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.max_gpu_memory * 1e9 / total), options.device)
+        index = torch.device(options.device).index
+        index = torch.cuda.current_device() if index is None else index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.max_gpu_memory * 1e9 / total), index)
 
     def text(self) -> str:
         """The plan, for people."""
@@ -86,6 +106,8 @@ class Estimate:
             ("host memory", f"about {self.host_bytes / gb:.1f} GB beyond the page cache"),
             ("operations", f"{self.operations:.3g} multiply-adds, drawing included"),
         ]
+        if self.seconds is not None and self.speed is not None:
+            rows.append(("time", f"about {_duration(self.seconds)} at {2 * self.speed / 1e12:.3g} TFLOP/s; rough"))
         if self.images:
             inputs = f"{self.images} images, {self.inputs} inputs of about {self.tokens_per_input} tokens, "
             inputs += f"{self.input_bytes / gb:.2f} GB" + (", waiting in files" if self.spill_bytes else "")
@@ -123,7 +145,8 @@ def estimate(
         passes = 2 if options.sequential else 1
         drawn = images * guided * steps
         seen = tokens if options.tokens_per_sample is None else min(tokens, options.tokens_per_sample)
-        operations += weights * tokens * (drawn + passes * inputs)
+        attention = 2 * tokens * hidden * len(blocks)
+        operations += (weights + attention) * tokens * (drawn + passes * inputs)
         operations += inputs * seen * sum(float(s.in_features) ** 2 for s in sites if s.method)
         operations += sum(2.0 * s.in_features**3 for s in sites if s.method)
     operations += sum(float(s.in_features) ** 2 * sum(s.out_features) for s in sites if s.method and images)
@@ -140,6 +163,26 @@ def estimate(
         host_bytes=int(1e9 + 2 * max(block_bytes) + min(2 * input_bytes, limit) + _encoders(source, options, images)),
         operations=operations,
     )  # fmt: skip
+
+
+def measured_speed(options: EngineOptions) -> float:
+    """Multiply-adds per second of a large product of matrices on the device."""
+    n, rounds = (8192, 10) if options.device.startswith("cuda") else (1024, 3)
+    a = torch.randn(n, n, dtype=options.dtype, device=options.device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(rounds):
+            b = a @ a
+        b[0, 0].item()  # waits
+        seconds.append(time.perf_counter() - start)
+    return rounds * float(n) ** 3 / min(seconds)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _gpu(state: Any, blocks: Sequence[Block], outer: Sequence[str], activations: int, size: int) -> int:

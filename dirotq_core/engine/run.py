@@ -18,10 +18,10 @@ from ..files import read_headers
 from ..layout import plan_sites
 from ..report import QuantizationReport
 from ..solve import LinearReport
-from .blocks import Block, cut_into_blocks, pinned, read_ahead
+from .blocks import Block, cut_into_blocks, pinned, place_buffers, read_ahead
 from .dist import World
 from .draw import draw_inputs
-from .estimate import Estimate, check_space, estimate, host_limit
+from .estimate import Estimate, check_space, estimate, host_limit, measured_speed
 from .journal import Journal, work_folder
 from .options import EngineOptions
 from .output import assemble
@@ -91,6 +91,7 @@ def quantize_checkpoint(
             needs.check_gpu(options)
             if world.first:
                 check_space(target, needs, journal.folder)
+            place_buffers(skeleton, options.device)
             run = _Run(source, skeleton, blocks, outer, config, options, journal, world, progress and world.first)
             report = run.quantize(images, call)
             if world.first:
@@ -122,7 +123,10 @@ def plan_checkpoint(
     call: dict[str, Any] | None = None,
     options: EngineOptions | None = None,
 ) -> Estimate:
-    """What `quantize_checkpoint` would do and take with these arguments. No weights are fetched from the Hub."""
+    """What `quantize_checkpoint` would do and take with these arguments. No weights are fetched from the Hub.
+
+    The time follows from the speed of a product on the device, which is measured.
+    """
     options, call = options or EngineOptions(), dict(call or {})
     config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
     images = images_of(prompts or [], options)
@@ -133,7 +137,8 @@ def plan_checkpoint(
     if source.entries:
         source.check(skeleton)
     blocks, outer = cut_into_blocks(skeleton, plans)
-    return estimate(source, skeleton, blocks, outer, config, len(images), call, options)
+    needs = estimate(source, skeleton, blocks, outer, config, len(images), call, options)
+    return replace(needs, speed=measured_speed(options))
 
 
 def _journal(target: Path, wanted: dict[str, Any], world: World) -> Journal:

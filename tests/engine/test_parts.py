@@ -152,6 +152,7 @@ def fake_flux(folder):
 def test_plan_of_flux(tmp_path, capsys):
     fake_flux(tmp_path / "flux")
     plan = plan_checkpoint(tmp_path / "flux", prompts=CAPTIONS, options=EngineOptions(samples=16))
+    assert plan.seconds is not None and plan.seconds > 1 and "TFLOP/s" in plan.text()
     assert plan.linears == 418 + 76 and plan.blocks == 57 and plan.tokens_per_input == 4608
     assert plan.dense_bytes == pytest.approx(23.80e9, rel=0.01) and plan.output_bytes == pytest.approx(6.6e9, rel=0.01)
     assert plan.inputs == 64 and plan.input_bytes == 64 * 4608 * 3072 * 2
