@@ -26,6 +26,8 @@ from .source import Source
 
 #: Kernels, the allocator's slack, the context.
 GPU_OVERHEAD = 1.0e9
+#: Packages, and a GPU's driver with its libraries (bytes without and with a GPU).
+HOST_OVERHEAD = (1e9, 3e9)
 #: K × K matrices that exist at once while a site is solved, beside its moment: that of v, three of the factorization,
 #: and the factorization's own workspace.
 SOLVER_MATRICES = 5
@@ -160,7 +162,10 @@ def estimate(
             int(GPU_OVERHEAD + _largest_part(source, size)) if images else 0,
             int(GPU_OVERHEAD + 2 * max(block_bytes) + 3 * drawn_at_once * guided * tokens * hidden * size),
         ),
-        host_bytes=int(1e9 + 2 * max(block_bytes) + min(2 * input_bytes, limit) + _encoders(source, options, images)),
+        host_bytes=int(
+            HOST_OVERHEAD[options.device.startswith("cuda")] + 2 * max(block_bytes) + min(2 * input_bytes, limit)
+            + _encoders(source, options, images)
+        ),
         operations=operations,
     )  # fmt: skip
 
