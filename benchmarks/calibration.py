@@ -9,6 +9,8 @@ with the same seeds by the dense model:
 - model: SQNR of the transformer's output over all held-out calls, given the dense model's inputs.
 - psnr: of images after all steps.
 
+Lines are means over the repeats, dots single runs (filled: sequential).
+
 Writes benchmarks/results/calibration.json and docs/images/calibration-*.png.
 """
 
@@ -140,17 +142,24 @@ def plot(results: list[dict]) -> None:
         for name, color in zip(MODELS, ("tab:blue", "tab:orange"), strict=True):
             for sequential, style in ((True, "-"), (False, "--")):
                 some = [r for r in results if r["name"] == name and r["sequential"] == sequential]
-                some = [r for r in some if r[fixed] == fixed_value]
+                some = [r for r in some if r[fixed] == fixed_value and (axis == "samples" or r["seed"] == 0)]
                 values = sorted({r[axis] for r in some})
                 if len(values) < 2:
                     continue
                 for ax, metric in zip(axes, ("layers", "model", "psnr"), strict=True):
                     mean = [np.mean([r[metric] for r in some if r[axis] == v]) for v in values]
                     label = f"{name}, {'sequential' if sequential else 'parallel'}"
-                    ax.plot(values, mean, style, color=color, marker=".", label=label)
+                    ax.plot(values, mean, style, color=color, label=label)
+                    face = color if sequential else "none"
+                    ax.scatter(
+                        [r[axis] for r in some], [r[metric] for r in some], 14, edgecolors=color, facecolors=face
+                    )
         titles = ("linears' outputs, SQNR dB", "transformer's output, SQNR dB", "images, PSNR dB")
         for ax, title in zip(axes, titles, strict=True):
             ax.set(xscale="log", xlabel="images drawn" if axis == "samples" else "steps kept of each", title=title)
+            ticks = SAMPLES if axis == "samples" else TIMESTEPS
+            ax.set_xticks(ticks, [str(t) for t in ticks])
+            ax.minorticks_off()
             ax.grid(alpha=0.3)
         axes[0].legend(fontsize=7)
         figure.savefig(IMAGES / file, dpi=110)
