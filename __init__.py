@@ -24,14 +24,35 @@ _LAZY = {
 
 __all__ = ["__version__", *_LAZY]
 
+#: ComfyUI serves the nodes' help pages from here.
+WEB_DIRECTORY = "./web"
+
 _register()
 
 
 async def comfy_entrypoint() -> Any:
-    """ComfyUI asks this for the node pack."""
-    from .nodes import DiRotQExtension
+    """ComfyUI asks this for the node pack: an extension, without nodes where something they need is missing."""
+    import logging
 
-    return DiRotQExtension()
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import requirements
+
+    obstacle = requirements.obstacle()
+    if obstacle is None:
+        try:
+            from .nodes.extension import DiRotQExtension
+
+            return DiRotQExtension()
+        except ImportError as error:
+            obstacle = f"{error}; ComfyUI 0.33 or newer and the pack's requirements.txt are needed"
+    logging.getLogger(__name__).error("DiRotQ's nodes are not available: %s", obstacle)
+
+    class WithoutNodes(ComfyExtension):
+        async def get_node_list(self) -> list[Any]:
+            return []
+
+    return WithoutNodes()
 
 
 def __getattr__(name: str) -> Any:

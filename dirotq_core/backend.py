@@ -255,6 +255,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
         stop_ignoring_fusing(model)
+        for name in ("_skip_layerwise_casting_patterns", "_repeated_blocks"):
+            vars(model).pop(name, None)  # `_finish` hid the class's own
         return model
 
     @property

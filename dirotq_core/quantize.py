@@ -124,7 +124,7 @@ def solve_all(
         site = solve_site(plan, config, weights, mean, moment.tokens)
         del mean
         if plan.owner in held_out:
-            _measure(model, plan, config, site, held_out[plan.owner])
+            measure_site(model, plan, config, site, held_out[plan.owner])
         solved.append(site)
         report.linears += site.reports
     return report, solved
@@ -142,7 +142,7 @@ def install_all(model: Any, plans: Sequence[SitePlan], config: DiRotQConfig, sol
 
 
 @torch.no_grad()
-def _measure(
+def measure_site(
     model: torch.nn.Module, plan: SitePlan, config: DiRotQConfig, solved: SolvedSite, tokens: torch.Tensor
 ) -> None:
     """Fill in each report's output SQNR on held-out tokens [M, K], with the linear that will run."""

@@ -1,12 +1,1 @@
-"""ComfyUI nodes. Imported by ComfyUI only (through `comfy_entrypoint`)."""
-
-from comfy_api.latest import ComfyExtension, io
-
-from .info import ModelInfo
-
-
-class DiRotQExtension(ComfyExtension):
-    """What the pack adds to ComfyUI."""
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ModelInfo]
+"""ComfyUI nodes: `extension` holds the list; it and what it imports need ComfyUI."""

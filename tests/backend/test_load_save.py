@@ -99,6 +99,8 @@ def test_dequantize(case, helpers, tmp_path):
     expected = helpers.run(model)
     dense = model.dequantize()
     assert not quantized_linears(dense) and not dense.is_quantized
+    assert dense._repeated_blocks == case.cls._repeated_blocks
+    assert dense._skip_layerwise_casting_patterns == case.cls._skip_layerwise_casting_patterns
     assert helpers.sqnr(helpers.run(dense), expected) > 40
     dense.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

@@ -1,0 +1,55 @@
+"""Tests against a real ComfyUI checkout, named by COMFYUI_PATH; skipped where there is none."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from . import models
+from .server import PACK, ROOT, Server
+
+CHECKOUT = os.environ.get("COMFYUI_PATH")
+
+
+def _reason() -> str | None:
+    """Why these tests cannot run, or None."""
+    if not CHECKOUT:
+        return "COMFYUI_PATH names no ComfyUI checkout (0.33 or newer)"
+    if not (Path(CHECKOUT) / "main.py").is_file():
+        return f"COMFYUI_PATH is {CHECKOUT}, which has no main.py"
+    if importlib.util.find_spec("comfy_kitchen") is None:
+        return "ComfyUI's requirements are not installed: pip install -r $COMFYUI_PATH/requirements.txt"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    reason = _reason()
+    if reason is not None:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def checkout():
+    return Path(CHECKOUT).resolve()
+
+
+@pytest.fixture(scope="session")
+def server(checkout, tmp_path_factory):
+    """ComfyUI with our pack, the stand-ins and the small models."""
+    base = tmp_path_factory.mktemp("comfyui")
+    models.make_all(base / "models")
+    with Server(checkout, base, {PACK: ROOT, "stand_ins": Path(__file__).parent / "stand_ins"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    return server.client
+
+
+@pytest.fixture(scope="session")
+def object_info(client):
+    return client.object_info()
