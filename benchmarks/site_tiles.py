@@ -11,7 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from dirotq.kernels import hopper_site, rotate_quantize
 
-CHOICES = {"PROJECT_PROGRAMS": (108, 144, 216, 264), "PROJECT_STAGES": (3, 4), "RESIDENT": (1, 2, 4)}
+CHOICES = {
+    "PROJECT_PROGRAMS": (108, 144, 216, 264),
+    "PROJECT_WIDTH": (1, 2),
+    "PROJECT_STAGES": (3, 4),
+    "RESIDENT": (1, 2, 4),
+}
 
 
 def main() -> None:

@@ -53,14 +53,14 @@ class Calibration:
             p.owner: SecondMoment(p.in_features, diagonal=p.transform is None, device="cpu" if host else None)
             for p in plans
         }
-        self._kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
+        self.kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
         self.ran = False
-        self._holding_out = False
-        self._rows_per_call = HELD_OUT_TOKENS
+        self.holding_out = False
+        self.rows_per_call = HELD_OUT_TOKENS
 
     @property
     def held_out(self) -> dict[str, torch.Tensor]:
-        return {name: torch.cat(rows)[:HELD_OUT_TOKENS] for name, rows in self._kept.items() if rows}
+        return {name: torch.cat(rows)[:HELD_OUT_TOKENS] for name, rows in self.kept.items() if rows}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -77,12 +77,12 @@ class Calibration:
     def _observer(self, owner: str):
         def observe(module: torch.nn.Module, args: tuple) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            if not self._holding_out:
+            if not self.holding_out:
                 self.moments[owner].update(x)
                 return
             # Evenly spaced rows of every call, so that all timesteps and both guidance halves are represented.
-            rows = torch.linspace(0, len(x) - 1, min(self._rows_per_call, len(x))).long()
-            self._kept[owner].append(x[rows.to(x.device)].cpu())
+            rows = torch.linspace(0, len(x) - 1, min(self.rows_per_call, len(x))).long()
+            self.kept[owner].append(x[rows.to(x.device)].cpu())
 
         return observe
 
@@ -93,14 +93,14 @@ class Calibration:
         held = len(prompts) // HELD_OUT_EVERY if len(prompts) > 1 else 0
         held = max(held, 1 if len(prompts) > 1 else 0)
         steps = int(call.get("num_inference_steps", 20))
-        self._rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * steps)))
+        self.rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * steps)))
         bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=not progress)
         quiet = getattr(pipeline, "_progress_bar_config", {})
         pipeline.set_progress_bar_config(disable=True)
         try:
             with self.recording():
                 for i, prompt in enumerate(bar):
-                    self._holding_out = i >= len(prompts) - held
+                    self.holding_out = i >= len(prompts) - held
                     generator = torch.Generator("cpu").manual_seed(site_seed(f"calibration {i}", seed))
                     pipeline(prompt=prompt, generator=generator, output_type="latent", **call)
         finally:

@@ -87,7 +87,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         )
     try:
         config = DiRotQConfig.from_dict(quantization).resolved(calibrated=True)
-        model = _skeleton(raw)
+        model = skeleton(raw)
         plans = plan_sites(model, config)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
@@ -110,7 +110,8 @@ def _report(folder: Path) -> QuantizationReport | None:
     return found
 
 
-def _skeleton(raw: dict):
+def skeleton(raw: dict) -> Any:
+    """The dense transformer that a config.json describes, on the meta device; ValueError if there is none."""
     import diffusers
     from accelerate import init_empty_weights
 

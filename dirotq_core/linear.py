@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..kernels import ops
+from ..kernels import ops, unpack_int4
 from .activations import ACTIVATION_FORMATS, fake_quantize
 from .layout import SitePlan, Spec
 from .transforms import hadamard_block
@@ -241,20 +242,21 @@ class DiRotQLinear(nn.Linear):
 
     @torch.no_grad()
     def dequantized_weight(self) -> torch.Tensor:
-        """The dense W [N, K] this linear stands for (with 16-bit activations), float32.
-
-        y is linear in x then, so W is the output on the identity's rows, transposed.
-        """
-        from ..kernels import unpack_int4
-
-        fmt, plan = self.plan.format, self.plan
-        w = fmt.decode(unpack_int4(self.weight)) * fmt.expand(
-            self.weight_scale.float().reshape(self.out_features, -1), plan.low_features
-        )
-        if plan.transform is None:
-            return w
-        v, z = plan.transform.apply(torch.eye(plan.in_features, dtype=w.dtype, device=w.device), self.site.tensors())
-        dense = v @ w.T
+        """The dense W [N, K] this linear stands for (with 16-bit activations), float32."""
+        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
         if self.low_rank is not None:
-            dense += z @ self.low_rank.float().T
-        return dense.T
+            tensors["low_rank"] = self.low_rank
+        return dense_weight(self.plan, tensors, self.site.tensors())
+
+
+@torch.no_grad()
+def dense_weight(plan: SitePlan, linear: Mapping[str, torch.Tensor], site: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The dense W [N, K] float32 that the tensors of one linear and of its site stand for.
+
+    Args:
+        plan: the linear's site. linear: tensors of `SitePlan.linear_spec`. site: of `SitePlan.site_spec`.
+    """
+    fmt, packed = plan.format, linear["weight"]
+    scale = linear["weight_scale"].float().reshape(len(packed), -1)
+    w = fmt.decode(unpack_int4(packed)) * fmt.expand(scale, plan.low_features)
+    return plan.transform.unfold(w, linear.get("low_rank"), site) if plan.transform else w

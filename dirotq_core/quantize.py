@@ -117,7 +117,7 @@ def solve_all(
         mean = moment.mean().to(weights[0].device) if moment.tokens else None
         site = solve_site(plan, config, weights, mean, moment.tokens)
         if plan.owner in held_out:
-            _measure(model, plan, config, site, held_out[plan.owner])
+            measure_site(model, plan, config, site, held_out[plan.owner])
         solved.append(site)
         report.linears += site.reports
     return report, solved
@@ -135,7 +135,7 @@ def install_all(model: Any, plans: Sequence[SitePlan], config: DiRotQConfig, sol
 
 
 @torch.no_grad()
-def _measure(
+def measure_site(
     model: torch.nn.Module, plan: SitePlan, config: DiRotQConfig, solved: SolvedSite, tokens: torch.Tensor
 ) -> None:
     """Fill in each report's output SQNR on held-out tokens [M, K], with the linear that will run."""

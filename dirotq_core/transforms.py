@@ -53,6 +53,17 @@ class Transform:
     low_features: Callable[[int, int], int]
     kernel: bool
     subspace: bool
+    fast_unfold: Callable[[torch.Tensor, torch.Tensor | None, Tensors], torch.Tensor] | None = None
+
+    def unfold(self, w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
+        """The dense W [N, K] float32 that w [N, K'] and L [N, r] stand for, with x Wᵀ = z Lᵀ + v wᵀ for every x."""
+        if self.fast_unfold is not None:
+            return self.fast_unfold(w, low_rank, t)
+        # Both are linear in x: W is the output on the identity's rows, transposed. Its width is K, or V's rows.
+        features = len(next(iter(t.values()))) if t else w.shape[1]
+        v, z = self.apply(torch.eye(features, dtype=w.dtype, device=w.device), t)
+        dense = v @ w.T
+        return (dense if low_rank is None else dense + z @ low_rank.to(w.dtype).T).T
 
 
 def hadamard_block(features: int) -> int:
@@ -119,6 +130,18 @@ def _fold_hadamard(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Ten
     return rotate_signed(w - low_rank @ u.T, t["signs"]), low_rank
 
 
+def _unfold_hadamard(w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
+    # v = x (I − UUᵀ) D H, so W = w H D (I − UUᵀ) + L Uᵀ: no K × K matrix, which at K = 15360 would take a gigabyte.
+    block = hadamard_block(w.shape[1])
+    h = hadamard_matrix(block, dtype=w.dtype, device=w.device)
+    dense = (w.reshape(-1, block) @ h).reshape(w.shape) * t["signs"].to(w.device, w.dtype)
+    if "basis" not in t:
+        return dense
+    u = t["basis"].to(w.device, w.dtype)
+    low = -(dense @ u) if low_rank is None else low_rank.to(w.dtype) - dense @ u
+    return dense.addmm_(low, u.T)
+
+
 # --- dense PCA rotation, as published: [z, v] = x V R -------------------------------------------------------------
 
 
@@ -176,7 +199,7 @@ TRANSFORMS: dict[str, Transform] = {
     "subspace_hadamard": Transform(
         _prepare_hadamard, _apply_hadamard, _fold_hadamard,
         shapes=lambda k, r: {"signs": (k,), **({"basis": (k, r)} if r else {})},
-        low_features=lambda k, r: k, kernel=True, subspace=True,
+        low_features=lambda k, r: k, kernel=True, subspace=True, fast_unfold=_unfold_hadamard,
     ),
     "dense_pca": Transform(
         _prepare_dense, _apply_dense, _apply_dense,

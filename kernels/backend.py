@@ -54,6 +54,11 @@ def implementation(op: str, device: torch.device, block: int = 1) -> Callable[..
     return getattr(_module("reference"), op)
 
 
+def obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`, as a phrase; None if it can."""
+    return _obstacle(device.type, device.index, False)
+
+
 @cache
 def _module(name: str) -> Any:
     return import_module(f".{name}", __package__)

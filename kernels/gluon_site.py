@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from . import reference
 from .gluon_hopper import copy_in, let_next_kernel_start, wait_for_previous_kernel
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6, 3.9
@@ -24,9 +25,12 @@ COLUMNS = gl.constexpr(128)
 HALF = gl.constexpr(64)
 RANKS = gl.constexpr(64)
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
+SMALLEST_SCALE = gl.constexpr(reference.SMALLEST_SCALE)
+SMALLEST_SHARE = gl.constexpr(reference.SMALLEST_SHARE)
 
-# Four values v to four bytes m q + o: q = round(v a + b), kept in 0..15. Arguments per element: v, a, b, m, and o + 128
-# in every byte. No byte carries into the next, since 0 <= m q + o + 128 <= 255.
+# Four values v to four bytes m q + o: q = floor(v a + b), kept in 0..15. Arguments per element: v, a, b + 2^15, m, and
+# o + 128 in every byte. Bytes 1 and 2 of a float 2^15 + t are the integer part of t (8 bits of fraction follow), or
+# a negative number if t is. No byte carries into the next, since 0 <= m q + o + 128 <= 255.
 _INT4 = gl.constexpr("""
 {
 .reg .b32 a, b, c, d, p, q, t;
@@ -35,12 +39,8 @@ fma.rn.f32 a, $1, $5, $9;
 fma.rn.f32 b, $2, $6, $10;
 fma.rn.f32 c, $3, $7, $11;
 fma.rn.f32 d, $4, $8, $12;
-add.rn.f32 a, a, 0f4B400000;
-add.rn.f32 b, b, 0f4B400000;
-add.rn.f32 c, c, 0f4B400000;
-add.rn.f32 d, d, 0f4B400000;
-prmt.b32 p, a, c, 0x5410;
-prmt.b32 q, b, d, 0x5410;
+prmt.b32 p, a, c, 0x6521;
+prmt.b32 q, b, d, 0x6521;
 min.relu.s16x2 p, p, t;
 min.relu.s16x2 q, q, t;
 mad.lo.u32 p, q, 256, p;
@@ -157,6 +157,11 @@ def _rotation(signs_ptr, first, START: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, True, 1)
+
+
+@gluon.jit
 def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
     """int8 codes of v [BM, 128] in order; inverse [BM] is the reciprocal of the scale."""
     if MODE == "int4":
@@ -164,12 +169,12 @@ def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
         unit = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, gl.SliceLayout(2, groups.type.layout))), 1)
         low = gl.maximum(gl.min(groups, 2) * unit, -128.0)
         high = gl.minimum(gl.max(groups, 2) * unit, 127.0)
-        step = gl.minimum(gl.maximum(gl.floor((high - low) / 15 + 0.5), 1.0), 17.0)
-        offset = gl.floor((low + high) / 2 - 7.5 * step + 0.5)
+        step = gl.minimum(gl.maximum(gl.floor((high - low) * (1 / 15) + 0.5), 1.0), 17.0)
+        offset = gl.floor((low + high) * 0.5 - 7.5 * step + 0.5)
         offset = gl.minimum(gl.maximum(offset, -128.0), 127 - 15 * step)
-        shrink = 1 / step
+        shrink = _reciprocal(step)
         a = gl.expand_dims(unit * shrink, 2)
-        b = gl.expand_dims(-offset * shrink, 2)
+        b = gl.expand_dims(32768.5 - offset * shrink, 2)
         m = gl.expand_dims(step.to(gl.int32), 2)
         o = gl.expand_dims((offset.to(gl.int32) + 128) * 0x01010101, 2)
         args = [groups, a, b, m, o]
@@ -252,9 +257,10 @@ def site_quantize_hopper_kernel(
 
     slot = 0
     phase = 0
-    while tile < tiles:
-        rows = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, out_layout))
-        scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
+    rows = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, out_layout))
+    scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
+    while tile < tiles:  # the scales of a tile are on their way since the tile before it
+        inverse = gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
         mbarrier.wait(full.index(slot), phase)
         total = gl.zeros([BM, COLUMNS], gl.float32, mma)
         total = warpgroup_mma(x_bufs.index(2 * slot), top, total, use_acc=False, is_async=True)
@@ -270,11 +276,13 @@ def site_quantize_hopper_kernel(
             _copy_x(x_desc, x_bufs, full, slot, ahead, first, bytes)
             if PROJECT:
                 copy_in(z_desc, [ahead * BM, 0], full.index(slot), z_bufs.index(slot))
-        inverse = gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
+        following = rows + step * BM
+        scale = gl.load(scale_ptr + following, mask=following < M, other=0.0)
         codes = _codes(_in_order(total, out_layout), inverse, out_layout, MODE)
         cols = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, out_layout))
         at = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
         gl.store(codes_ptr + at, codes, mask=gl.expand_dims(rows < M, 1))
+        rows = following
         tile += step
         slot += 1
         if slot == STAGES:
@@ -283,22 +291,34 @@ def site_quantize_hopper_kernel(
 
 
 @gluon.jit
-def site_project_hopper_kernel(
-    x_desc, basis_desc, partial_ptr, squares_ptr, M, K, STAGES: gl.constexpr
-):  # fmt: skip
-    """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over every chunks-th 64 columns.
+def _copy_step(x_desc, basis_desc, x_bufs, u_bufs, full, slot, row, col, WIDTH: gl.constexpr):
+    ready = full.index(slot)
+    mbarrier.expect(ready, 2 * WIDTH * TILE_BYTES)
+    for part in gl.static_range(WIDTH):
+        copy_in(x_desc, [row, col + part * HALF], ready, x_bufs.index(slot * WIDTH + part))
+        copy_in(basis_desc, [col + part * HALF, 0], ready, u_bufs.index(slot * WIDTH + part))
 
-    The programs of a row so read neighbouring columns at a time, as memory likes it.
+
+@gluon.jit
+def site_project_hopper_kernel(
+    x_desc, basis_desc, partial_ptr, squares_ptr, z_ptr, scale_ptr, M, K, r, factor,
+    PROJECT: gl.constexpr, ALONE: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over every chunks-th 64 WIDTH columns.
+
+    The programs of a row so read neighbouring columns at a time, as memory likes it. ALONE: there is one chunk, and z
+    [M, r] and scale [M] are written instead.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     let_next_kernel_start()
     row = gl.program_id(1) * BM
     chunk = gl.program_id(0)
-    chunks = gl.num_programs(0)
-    steps = (K // HALF - chunk + chunks - 1) // chunks
-    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, HALF], x_desc.layout)
-    u_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HALF, RANKS], basis_desc.layout)
+    span = gl.num_programs(0) * (WIDTH * HALF)
+    first = chunk * (WIDTH * HALF)
+    steps = (K - first + span - 1) // span
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [WIDTH * STAGES, BM, HALF], x_desc.layout)
+    u_bufs = gl.allocate_shared_memory(gl.bfloat16, [WIDTH * STAGES, HALF, RANKS], basis_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
@@ -306,34 +326,44 @@ def site_project_hopper_kernel(
     barrier()
     for slot in gl.static_range(STAGES):
         if slot < steps:
-            ready = full.index(slot)
-            mbarrier.expect(ready, 2 * TILE_BYTES)
-            copy_in(x_desc, [row, (chunk + slot * chunks) * HALF], ready, x_bufs.index(slot))
-            copy_in(basis_desc, [(chunk + slot * chunks) * HALF, 0], ready, u_bufs.index(slot))
+            _copy_step(x_desc, basis_desc, x_bufs, u_bufs, full, slot, row, first + slot * span, WIDTH)
     total = gl.zeros([BM, RANKS], gl.float32, mma)
     squares = gl.zeros([BM, HALF], gl.float32, operand)
     slot = 0
     phase = 0
     for i in range(0, steps):
-        ready = full.index(slot)
-        mbarrier.wait(ready, phase)
-        total = warpgroup_mma(x_bufs.index(slot), u_bufs.index(slot), total, is_async=True)
-        x = x_bufs.index(slot).load(operand).to(gl.float32)
-        squares += x * x
+        mbarrier.wait(full.index(slot), phase)
+        for part in gl.static_range(WIDTH):
+            at = slot * WIDTH + part
+            total = warpgroup_mma(x_bufs.index(at), u_bufs.index(at), total, is_async=True)
+        for part in gl.static_range(WIDTH):
+            x = x_bufs.index(slot * WIDTH + part).load(operand).to(gl.float32)
+            squares = gl.inline_asm_elementwise(
+                "fma.rn.f32 $0, $1, $1, $2;", "=r,r,r", [x, squares], gl.float32, True, 1
+            )
         total = warpgroup_mma_wait(0, deps=(total,))
         barrier()
         if i + STAGES < steps:
-            mbarrier.expect(ready, 2 * TILE_BYTES)
-            copy_in(x_desc, [row, (chunk + (i + STAGES) * chunks) * HALF], ready, x_bufs.index(slot))
-            copy_in(basis_desc, [(chunk + (i + STAGES) * chunks) * HALF, 0], ready, u_bufs.index(slot))
+            ahead = first + (i + STAGES) * span
+            _copy_step(x_desc, basis_desc, x_bufs, u_bufs, full, slot, row, ahead, WIDTH)
         slot += 1
         if slot == STAGES:
             slot = 0
             phase ^= 1
-    at = chunk.to(gl.int64) * M
-    rows = row + gl.arange(0, BM, gl.SliceLayout(1, operand))
-    gl.store(squares_ptr + at + rows, gl.sum(squares, 1), mask=rows < M)
     rows = row + gl.arange(0, BM, gl.SliceLayout(1, mma))
     ranks = gl.arange(0, RANKS, gl.SliceLayout(0, mma))
-    where = gl.expand_dims((at + rows) * RANKS, 1) + gl.expand_dims(ranks, 0)
-    gl.store(partial_ptr + where, total, mask=gl.expand_dims(rows < M, 1))
+    energy = gl.convert_layout(gl.sum(squares, 1), gl.SliceLayout(1, mma))
+    inside = gl.expand_dims(rows < M, 1)
+    if ALONE:
+        residual = energy
+        if PROJECT:
+            residual = gl.maximum(energy - gl.sum(total * total, 1), energy * SMALLEST_SHARE)
+            where = gl.expand_dims(rows * r, 1) + gl.expand_dims(ranks, 0)
+            gl.store(z_ptr + where, total.to(gl.bfloat16), mask=inside & gl.expand_dims(ranks < r, 0))
+        scale = gl.sqrt(residual / K) * factor
+        gl.store(scale_ptr + rows, gl.where(scale >= SMALLEST_SCALE, scale, 0.0), mask=rows < M)
+    else:
+        at = chunk.to(gl.int64) * M + rows
+        gl.store(squares_ptr + at, energy, mask=rows < M)
+        where = gl.expand_dims(at * RANKS, 1) + gl.expand_dims(ranks, 0)
+        gl.store(partial_ptr + where, total, mask=inside)

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_hopper import BK, BM, RANKS, linear_a8_hopper_kernel
+from .hopper_costs import unpacked_columns
 from .launch import cdiv, launch
 from .triton_unpack import unpack
 
@@ -18,6 +19,7 @@ HALF, COLUMNS, RANK = BM.value // 2, BK.value, RANKS.value
 
 _GLUON = {
     torch.int8: gl.int8,
+    torch.int16: gl.int16,
     torch.float8_e4m3fn: gl.float8e4nv,
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -43,7 +45,7 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @cache
-def _multiprocessors(index: int) -> int:
+def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -51,7 +53,7 @@ def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile width, ring depth and slices of the output tile."""
     if dtype == torch.float32:
         return {"BN": 128, "STAGES": 4, "PARTS": 2}
-    if cdiv(m, 2 * HALF) * n < 36 * 4096:  # too few wide tiles to fill the chip evenly
+    if unpacked_columns(m, n) == 128:
         return {"BN": 128, "STAGES": 5, "PARTS": 1}
     return {"BN": 256, "STAGES": 4, "PARTS": 2}
 
@@ -81,7 +83,7 @@ def multiply(
     tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     launch(
-        linear_a8_hopper_kernel, (min(tiles, _multiprocessors(codes.device.index)),),
+        linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device.index)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
         m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """`rotate_quantize` of a common site on Hopper: x U in parts, their sum and the scales, then the codes.
 
-Each kernel but the first is launched while the one before it ends, and waits for it where it needs its results.
+Rows enough to fill the chip are not divided into parts; there is no sum then. Each kernel but the first is launched
+while the one before it ends, and waits for it where it needs its results.
 """
 
 import torch
@@ -12,9 +13,12 @@ from .launch import cdiv, launch
 from .reference import scale_of_rms
 from .triton_site import sum_project_kernel, tiles_per_program
 
+ROWS, WIDTH, RANK = BM.value, COLUMNS.value, RANKS.value  # plain numbers, quick to read
+
 # Found by measurement (benchmarks/site_tiles.py).
 PROJECT_PROGRAMS = 216
-PROJECT_STAGES = 4
+PROJECT_WIDTH = 2  # of a step, in units of 64 columns
+PROJECT_STAGES = 3
 MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
@@ -37,25 +41,29 @@ def rotate_quantize(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if m == 1:  # a single row may have any stride
         x = x.flatten().unsqueeze(0)
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+    # The memory accelerator takes rows at multiples of 16 bytes; expanded rows, at distance 0, are copied too.
+    if x.stride(1) != 1 or x.stride(0) < k or x.stride(0) % 8 or x.data_ptr() % 16:
         x = aligned(x)
-    x_desc = descriptor(x, BM.value, RANKS.value)
-    basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANKS.value, RANKS.value)
-    row_tiles, blocks = cdiv(m, BM.value), k // COLUMNS.value
+    x_desc = descriptor(x, ROWS, RANK)
+    basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANK, RANK)
+    row_tiles, blocks = cdiv(m, ROWS), k // WIDTH
     chunks = project_chunks(row_tiles, blocks)
-    squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
-    partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device)
+    alone, factor = chunks == 1, scale_of_rms(mode, k)
+    squares = scale if alone else torch.empty((chunks, m), dtype=torch.float32, device=x.device)
+    partial = scale if alone else torch.empty((chunks, m, RANK), dtype=torch.float32, device=x.device)
     launch(
         site_project_hopper_kernel, (chunks, row_tiles),
-        x_desc, basis_desc, partial, squares, m, k, STAGES=PROJECT_STAGES, num_warps=4,
+        x_desc, basis_desc, partial, squares, z, scale, m, k, rank, factor,
+        PROJECT=rank > 0, ALONE=alone, WIDTH=PROJECT_WIDTH, STAGES=PROJECT_STAGES, num_warps=4,
     )  # fmt: skip
-    launch(
-        sum_project_kernel, (cdiv(m, 16),),
-        partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
-        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
-    )  # fmt: skip
+    if not alone:
+        launch(
+            sum_project_kernel, (cdiv(m, 16),),
+            partial, squares, z, scale, m, k, rank, factor,
+            CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
+        )  # fmt: skip
     tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
-    z_desc = descriptor(z, BM.value, RANKS.value) if rank else x_desc
+    z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
     launch(
         site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
         x_desc, z_desc, basis_desc, signs.contiguous(), scale, codes, m, k, block**-0.5,

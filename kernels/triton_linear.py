@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hopper_costs import FEWEST_TOKENS
 from .launch import cdiv, launch
 from .triton_common import decode, low_rank_tile, narrow, table_words, tile_of
-
-FEWEST_TOKENS = 65  # for which weights are unpacked first
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
@@ -61,10 +60,10 @@ def blocks(m: int, k: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 64, "BR": 32, "num_warps": 8, "num_stages": 3}
 
 
-def unpacks_first(m: int, n: int, rank: int, device: torch.device) -> bool:
-    """Whether `hopper.linear_a8` computes this product: Hopper, tokens enough to pay for a pass over the weights, and
-    rows whose bytes its memory accelerator can address (multiples of 16)."""
-    return m >= FEWEST_TOKENS and n % 8 == 0 and rank % 8 == 0 and _has_hopper_kernel(device.type, device.index)
+def on_hopper(n: int, rank: int, device: torch.device) -> bool:
+    """Whether a kernel for Hopper can compute this product: rows whose bytes its memory accelerator can address
+    (multiples of 16)."""
+    return n % 8 == 0 and rank % 8 == 0 and _has_hopper_kernel(device.type, device.index)
 
 
 @cache
@@ -106,10 +105,16 @@ def linear_a8_siblings(
     if not out.numel():
         return out
     with torch.cuda.device_of(codes):
-        if unpacks_first(m, n, 0 if z is None else z.shape[1], codes.device):
-            from . import hopper
+        if on_hopper(n, 0 if z is None else z.shape[1], codes.device):
+            from . import hopper, hopper_packed
 
-            return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
+            tile = hopper_packed.choose(codes, weights, table)
+            if tile is not None:
+                return hopper_packed.linear_a8(
+                    codes, scale, z, weights, weight_scales, low_ranks, biases, table, tile, out
+                )
+            if m >= FEWEST_TOKENS:
+                return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
         start = 0
         for i, weight in enumerate(weights):
             end = start + weight.shape[0]

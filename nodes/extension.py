@@ -7,6 +7,9 @@ from comfy_api.latest import ComfyExtension, io
 from . import requirements
 from .compare import Compare
 from .info import ModelInfo
+from .load import LoadModel
+from .lora import LoRA
+from .quantize import Apply, Quantize
 
 
 class DiRotQExtension(ComfyExtension):
@@ -18,4 +21,4 @@ class DiRotQExtension(ComfyExtension):
         requirements.log_notices(gpu=get_torch_device().type == "cuda")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Compare, ModelInfo]
+        return [LoadModel, Quantize, Apply, LoRA, Compare, ModelInfo]

@@ -199,7 +199,8 @@ def compile_gluon(kernel, types, values, folder):
 
     signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
     constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    source = GluonASTSource(kernel, signature, constants)
+    pointers = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
+    source = GluonASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
     target, shared_memory, _ = TARGETS["sm_90"]
     compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
@@ -210,7 +211,7 @@ def compile_gluon(kernel, types, values, folder):
 def descriptor(kind, *shape):
     from triton.experimental.gluon import language as gl
 
-    dtype = {"i8": gl.int8, "bf16": gl.bfloat16}[kind]
+    dtype = {"i8": gl.int8, "i16": gl.int16, "bf16": gl.bfloat16}[kind]
     return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
 
 
@@ -236,20 +237,65 @@ def test_hopper_product_compiles(columns, tmp_path):
     assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx
 
 
-@pytest.mark.parametrize("mode", ["project", "codebook", "int4", "int8"])
-def test_hopper_site_compiles(mode, tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("name", ["linear_a8_packed_kernel", "siblings_packed_kernel"])
+def test_hopper_packed_product_compiles(name, rows, shared, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from dirotq.kernels import gluon_packed, hopper_packed
+
+    tile = hopper_packed.block(rows, shared, torch.bfloat16)
+    kernel = getattr(gluon_packed, name)
+    types = {
+        "a_desc": descriptor("i8", rows, 128),
+        "z_desc": descriptor("bf16", rows, 32),
+        "out_desc": descriptor("bf16", rows // tile["PARTS"], 64),
+        "space_ptr": "*i32",
+    }
+    for argument in kernel.arg_names:
+        if argument.startswith("w") and argument.endswith("_desc"):
+            types[argument] = descriptor("i16", 128, 32)
+        elif argument.startswith("l") and argument.endswith("_desc"):
+            types[argument] = descriptor("bf16", 128, 32)
+        elif "scale" in argument:
+            types[argument] = "*fp32"
+        elif argument.startswith("bias"):
+            types[argument] = "*bf16"
+    ptx = compile_gluon(kernel, types, {"HAS_BIAS": True, **tile}, tmp_path).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "prmt.b32" in ptx and "setmaxnreg" in ptx
+    assert ("ld.acquire.gpu" in ptx) == shared
+
+
+SITE_TYPES = {
+    **dict.fromkeys(("x_desc", "z_desc", "basis_desc"), ("bf16", 64, 64)),
+    **{"signs_ptr": "*i8", "codes_ptr": "*i8", "z_ptr": "*bf16", "norm": "fp32", "factor": "fp32"},
+    **dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32"),
+}
+
+
+def site_types():
+    return {name: kind if isinstance(kind, str) else descriptor(*kind) for name, kind in SITE_TYPES.items()}
+
+
+@pytest.mark.parametrize("mode", ["codebook", "int4", "int8"])
+def test_hopper_quantize_compiles(mode, tmp_path):
     pytest.importorskip("triton.experimental.gluon")
     from dirotq.kernels import gluon_site, hopper_site
 
-    types = {name: descriptor("bf16", 64, 64) for name in ("x_desc", "z_desc", "basis_desc")}
-    types |= {"signs_ptr": "*i8", "codes_ptr": "*i8", "norm": "fp32"}
-    types |= dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32")
-    if mode == "project":
-        compiled = compile_gluon(
-            gluon_site.site_project_hopper_kernel, types, {"STAGES": hopper_site.PROJECT_STAGES}, tmp_path
-        )
-    else:
-        values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
-        compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, types, values, tmp_path)
-        assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
+    compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, site_types(), values, tmp_path)
+    assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_hopper_project_compiles(alone, project, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from dirotq.kernels import gluon_site, hopper_site
+
+    tile = {"WIDTH": hopper_site.PROJECT_WIDTH, "STAGES": hopper_site.PROJECT_STAGES}
+    values = {"PROJECT": project, "ALONE": alone, **tile}
+    compiled = compile_gluon(gluon_site.site_project_hopper_kernel, site_types(), values, tmp_path)
+    assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])

@@ -80,12 +80,22 @@ def test_rotate_quantize(m, k, device, dtype, mode):
             (512, 3072, 0, 32, False, torch.float16),
             (4608, 3072, 384, 128, True, torch.bfloat16),
             (512, 15360, 1920, 128, True, torch.bfloat16),
+            (7000, 1152, 0, 128, True, torch.bfloat16),
+            (8192, 1152, 64, 64, True, torch.bfloat16),
         ],
     ),
 )
 def test_rotate_quantize_variants(m, k, rank, block, signs, dtype, device, mode):
     case = cases.site(m, k, rank, block=block, signs=signs, dtype=dtype, device=device)
     cases.assert_same_quantization(case, mode, *kernels.rotate_quantize(*case.arguments, mode))
+
+
+@pytest.mark.parametrize(("rows", "device"), on([(3,)], [(3,), (512,)]))
+def test_rotate_quantize_expanded(rows, device):
+    case = cases.site(1, 128, 16, device=device)
+    case.x = case.x.expand(rows, 128)
+    assert case.x.stride(0) == 0
+    cases.assert_same_quantization(case, "int4", *kernels.rotate_quantize(*case.arguments, "int4"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -162,21 +172,64 @@ def test_unpack(n, k, device):
     assert torch.equal(e4m3.cpu().float(), kernels.decode(packed, kernels.CODEBOOK16).float())
 
 
+def hopper_case(m, k, n, rank):
+    from dirotq.kernels import triton_linear
+
+    codes, scale = cases.lattice(m, k, "cuda")
+    if not triton_linear.on_hopper(n, rank, codes.device):
+        pytest.skip("this GPU has one strategy")
+    w = cases.weights(n, k, rank, device="cuda")
+    z = torch.randn(m, rank, device="cuda").bfloat16() if rank else None
+    return codes, scale, z, w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [0, 64, 128])
 @pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (4608, 15360, 3072)])
 def test_strategies_agree(m, k, n, rank, monkeypatch):
-    from dirotq.kernels import triton_linear
+    from dirotq.kernels import hopper_packed, triton_linear
 
-    codes, scale = cases.lattice(m, k, "cuda")
-    w = cases.weights(n, k, rank, device="cuda")
-    z = torch.randn(m, rank, device="cuda").bfloat16() if rank else None
-    arguments = (codes, scale, z, w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16)
-    if not triton_linear.unpacks_first(m, n, rank, codes.device):
-        pytest.skip("this GPU has one strategy")
+    arguments = hopper_case(m, k, n, rank)
     y = kernels.linear_a8(*arguments)
-    monkeypatch.setattr(triton_linear, "unpacks_first", lambda *_: False)
+    monkeypatch.setattr(hopper_packed, "takes", lambda *_: False)
+    assert torch.equal(y, kernels.linear_a8(*arguments))
+    monkeypatch.setattr(triton_linear, "on_hopper", lambda *_: False)
     cases.assert_close(y, kernels.linear_a8(*arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "rank"),
+    [(1, 64, 8, 0), (65, 192, 264, 40), (300, 448, 256, 64), (200, 1152, 1152, 64), (512, 12288, 3072, 64),
+     (1000, 15360, 3072, 128), (4608, 3072, 3072, 64)],
+)  # fmt: skip
+def test_packed_tiles_agree(m, k, n, rank, tokens, shared, monkeypatch):
+    """Integers are summed in any order, so tiles and their sharing change no bit, from run to run neither."""
+    from dirotq.kernels import hopper_packed
+
+    arguments = hopper_case(m, k, n, rank)
+    monkeypatch.setattr(hopper_packed, "choose", lambda *_: (tokens, shared))
+    runs = [kernels.linear_a8(*arguments) for _ in range(3)]
+    monkeypatch.setattr(hopper_packed, "choose", lambda *_: None)
+    y = kernels.linear_a8(*arguments)
+    if m < 65:  # by the kernel that adds z Lᵀ after the rest
+        cases.assert_close(runs[0], y)
+        y = runs[0]
+    assert all(torch.equal(y, run) for run in runs)
+
+
+def test_packed_tile_choice():
+    from dirotq.kernels import hopper_costs
+
+    assert hopper_costs.choose(1, 3072, (3072,), 132) == (64, False)
+    assert hopper_costs.choose(512, 12288, (3072,), 132) == (128, True)
+    assert hopper_costs.choose(4096, 3072, (3072,), 132) == (256, False)
+    assert hopper_costs.choose(4608, 15360, (3072,), 132) is None
+    for m in (1, 65, 512, 4608):  # whatever the multiprocessors
+        for processors in (1, 78, 114, 132):
+            hopper_costs.choose(m, 64, (8, 3072), processors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,0 +1,118 @@
+"""Reading a quantized transformer for ComfyUI, from a single file or from a folder in the diffusers layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoint import CheckpointError, check_names, check_tensor, checkpoint_tensors
+from ..config import DiRotQConfig
+from ..files import checkpoint_files, read_headers, read_json
+from ..inspect import find_transformer, skeleton
+from ..layout import SitePlan, plan_sites
+from .convert import from_native, to_native
+from .names import fusions
+from .write import METADATA_KEY
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    """A checked checkpoint under native names.
+
+    Attributes:
+        tensors: by native name; memory-mapped where the file has them as they are. plans: native linear → its site,
+            for the quantized ones. quantization: resolved. config: the transformer's config.json.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    plans: dict[str, SitePlan]
+    quantization: DiRotQConfig
+    config: dict[str, Any]
+
+
+def read_native(path: str | Path) -> NativeCheckpoint:
+    """Read and check `path`: a single .safetensors file of dirotq, or a folder of a transformer or a pipeline.
+
+    Raises:
+        CheckpointError: it is something else (the message says what), or it breaks a rule of the format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = find_transformer(path)
+        config = read_json(folder / "config.json")
+        files = checkpoint_files(folder)
+    else:
+        config, files = _header_config(path), [path]
+    quantization, plans, model = _layout(config, path)
+    read_headers(files)  # extents and dtypes, before anything is mapped
+    tensors = _tensors(files)
+    diffusers = tensors if path.is_dir() else from_native(tensors, config)
+    spec = checkpoint_tensors(model, plans)
+    check_names(diffusers, spec)
+    for name, tensor in diffusers.items():
+        check_tensor(name, tensor, *spec[name])
+    native = to_native(diffusers, config) if path.is_dir() else tensors
+    owners = {n: plan for plan in plans for n in plan.linears}
+    by_native = {f.native: owners[f.parts[0]] for f in fusions(config) if f.parts[0] in owners}
+    return NativeCheckpoint(native, by_native, quantization, config)
+
+
+def _layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, list[SitePlan], torch.nn.Module]:
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "dirotq":
+        what = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{path} is not a DiRotQ checkpoint: "
+            + (f"its quant_method is {what!r}" if what else "its config.json has no quantization_config")
+        )
+    try:
+        resolved = DiRotQConfig.from_dict(quantization).resolved(calibrated=True)
+        model = skeleton(dict(config))
+        return resolved, plan_sites(model, resolved), model
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _header_config(path: Path) -> dict[str, Any]:
+    with path.open("rb") as f:
+        magic = f.read(8)
+    if magic[:4] == b"GGUF":
+        raise CheckpointError(f"{path} is a GGUF file, not a DiRotQ checkpoint")
+    if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise CheckpointError(f"{path} is a pickle, which is never opened; DiRotQ checkpoints are .safetensors files")
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            names = list(f.keys())
+    except SafetensorError as error:
+        read_headers([path])  # its message names what is wrong, where it finds it
+        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path} is not a DiRotQ checkpoint, {_guess(names)}; use 'Load Diffusion Model' for it")
+    try:
+        config = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the configuration in its header is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: the configuration in its header must be a JSON object")
+    return config
+
+
+def _guess(names: list[str]) -> str:
+    if any(n.endswith((".weight_scale", ".comfy_quant", ".scale_weight")) for n in names):
+        return "but a model quantized in another way"
+    return "but a model that is not quantized"
+
+
+def _tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            tensors |= {name: f.get_tensor(name) for name in f.keys()}
+    return tensors

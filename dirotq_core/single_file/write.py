@@ -1,0 +1,39 @@
+"""Writing a single file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+#: Key of the header's metadata under which the transformer's config.json stands.
+METADATA_KEY = "dirotq"
+
+
+def write_native(path: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Write native tensors and the transformer's config.json to `path`; the file appears only when it is complete.
+
+    Raises:
+        FileExistsError: `path` exists.
+        ValueError: `config` has no dirotq quantization_config, or `path` does not end in .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another name")
+    if (config.get("quantization_config") or {}).get("quant_method") != "dirotq":
+        raise ValueError("config has no dirotq quantization_config")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        metadata = {METADATA_KEY: json.dumps(config, sort_keys=True), "format": "pt"}
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""`linear_a8` on Hopper straight from packed weights."""
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import hopper_costs
+from .gluon_packed import BK, BN, RANKS, linear_a8_packed_kernel, siblings_packed_kernel
+from .hopper import aligned, descriptor, multiprocessors
+from .hopper_costs import tiles_shared
+from .launch import cdiv, launch
+
+# Plain numbers: reading a constant of Triton's takes host time at every launch.
+COLUMNS, WIDTH, RANK = BN.value, BK.value, RANKS.value
+SIBLINGS = 4  # of one launch
+
+STAGES = {256: 4, 128: 6, 64: 8}  # of the ring, by the tokens of a tile
+
+
+def block(rows: int, shared: bool, dtype: torch.dtype) -> dict[str, int]:
+    """Tokens of a tile, ring depth, slices of the output tile, and whether programs share tiles."""
+    return {"BM": rows, "STAGES": STAGES[rows], "PARTS": max(1, rows * dtype.itemsize // 512), "SHARED": shared}
+
+
+@cache
+def expansion(table: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The four words from which the kernel expands codes by `table`, or None if it cannot.
+
+    A code c below 8 becomes high[c] - 2 less[c], a code of 8 or more high[c - 8], in bytes modulo 256: that holds all
+    tables whose entry i + 8, as such a byte, exceeds entry i by an even number. INT4 and CODEBOOK16 do.
+    """
+    low, high = [[value % 256 for value in half] for half in (table[:8], table[8:])]
+    differences = [b - a for a, b in zip(low, high, strict=True)]
+    if any(difference < 0 or difference % 2 for difference in differences):
+        return None
+    return struct.unpack("<4i", bytes([*(difference // 2 for difference in differences), *high]))
+
+
+def takes(weights: Sequence[Tensor], table: Sequence[int]) -> bool:
+    """Whether the kernel can expand by `table`, and begin each weight's output columns at a multiple of 16 bytes."""
+    return expansion(tuple(table)) is not None and all(weight.shape[0] % 8 == 0 for weight in weights)
+
+
+def choose(codes: Tensor, weights: Sequence[Tensor], table: Sequence[int]) -> tuple[int, bool] | None:
+    """Tiles for `linear_a8`, or None if another strategy should be faster or must be taken."""
+    if not takes(weights, table):
+        return None
+    m, k = codes.shape
+    ns = tuple(weight.shape[0] for weight in weights)
+    return hopper_costs.choose(m, k, ns, multiprocessors(codes.device.index))
+
+
+def linear_a8(
+    codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], tile: tuple[int, bool], out: Tensor,
+) -> Tensor:  # fmt: skip
+    """`linear_a8_siblings` into `out`, for what this module `takes`: up to four weights in one launch.
+
+    tile: tokens of a tile, one of `STAGES`, and whether programs share tiles.
+    """
+    codes, scale, z = aligned(codes), scale.contiguous(), None if z is None else aligned(z)
+    start = 0
+    first = 0
+    while first < len(weights):
+        last = first + 1
+        # A tile of columns that reaches past its weight's last row would write to those of the next.
+        while last < min(len(weights), first + SIBLINGS) and weights[last - 1].shape[0] % COLUMNS == 0:
+            last += 1
+        end = start + sum(weight.shape[0] for weight in weights[first:last])
+        multiply(
+            codes, scale, z, weights[first:last], weight_scales[first:last], low_ranks[first:last], biases[first:last],
+            table, tile, out[:, start:end],
+        )  # fmt: skip
+        start, first = end, last
+    return out
+
+
+def multiply(
+    codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], tile: tuple[int, bool], out: Tensor,
+) -> None:  # fmt: skip
+    """One launch of `linear_a8` into `out`, whose rows may be strided."""
+    m, k = codes.shape
+    ns = [weight.shape[0] for weight in weights]
+    rows = tile[0]
+    tiles = cdiv(m, rows) * sum(cdiv(n, COLUMNS) for n in ns)
+    programs = multiprocessors(codes.device.index)
+    shared = tiles_shared(tiles, programs) if tile[1] else 0
+    programs = min(programs, max(tiles, shared * cdiv(k, 2 * WIDTH)))
+    constants = block(rows, shared > 0, out.dtype)
+    space = scale  # never read if nothing is shared
+    if shared:
+        space = torch.empty(programs * (COLUMNS * rows + 4), dtype=torch.int32, device=codes.device)
+    rank = 0
+    left, rights = codes.view(torch.bfloat16), [codes.view(torch.bfloat16)]  # never read if the branch is absent
+    if z is not None and low_ranks and z.shape[1]:
+        rank, left, rights = z.shape[1], z, [aligned(low_rank) for low_rank in low_ranks]
+    packed = [aligned(weight).view(torch.int16) for weight in weights]
+    columns: list[list] = [
+        [descriptor(weight, COLUMNS, WIDTH // 4) for weight in packed],
+        [descriptor(right, COLUMNS, RANK) for right in rights],
+        [weight_scale.contiguous() for weight_scale in weight_scales],
+        [bias.contiguous() for bias in biases] or [weight_scales[0]],
+    ]
+    kernel = linear_a8_packed_kernel
+    if len(weights) > 1:
+        kernel = siblings_packed_kernel
+        columns = [[*column, *[column[-1]] * (SIBLINGS - len(column))] for column in columns]
+        ns += [0] * (SIBLINGS - len(ns))
+    words = expansion(tuple(table))
+    assert words is not None, f"the table {table} has no such words; `takes` says so"
+    launch(
+        kernel, (programs,),
+        descriptor(codes, rows, WIDTH), descriptor(left, rows, RANK),
+        descriptor(out, rows // constants["PARTS"], COLUMNS // 2), scale, space,
+        *columns[0], *columns[1], *columns[2], *columns[3], m, *ns, k, rank, shared, *words,
+        HAS_BIAS=len(biases) > 0, **constants, num_warps=4, launch_pdl=True,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""LoRAs beside the weights, never in them."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.patcher_extension import PatcherInjection
+from comfy.weight_adapter import LoRAAdapter
+
+from .operations import DiRotQLinear, SideLoRA
+
+logger = logging.getLogger(__name__)
+
+
+def side_branches(
+    patches: Mapping[Any, Any], shapes: Mapping[str, tuple[int, int]], strength: float
+) -> tuple[dict[str, list[SideLoRA]], dict[Any, Any]]:
+    """LoRAs as branches of their linears, and the patches that are none.
+
+    Args:
+        patches: from `comfy.lora.load_lora`: key, or (key, (dimension, start, length)) for a slice of fused rows.
+        shapes: module → (N, K) of the linears that can hold a branch. strength: factor of all.
+
+    Raises:
+        ValueError: a LoRA's shape does not fit its linear.
+    """
+    branches: dict[str, list[SideLoRA]] = {}
+    others: dict[Any, Any] = {}
+    for key, patch in patches.items():
+        name, part = (key, None) if isinstance(key, str) else (key[0], key[1])
+        reshaping = not isinstance(key, str) and len(key) > 2
+        module = name.removesuffix(".weight")
+        weights = patch.weights if isinstance(patch, LoRAAdapter) else None
+        # weights: up, down, alpha, middle (convolutions), magnitude (DoRA), another shape
+        if module not in shapes or weights is None or any(w is not None for w in weights[3:6]) or reshaping:
+            others[key] = patch
+            continue
+        up, down, alpha = weights[0].flatten(1), weights[1].flatten(1), weights[2]
+        n, k = shapes[module]
+        start, length = (part[1], part[2]) if part and part[0] == 0 else (0, n)
+        columns = (part[1], part[2]) if part and part[0] == 1 else (0, k)
+        if (up.shape[0], down.shape[1]) != (length, columns[1]) or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"the LoRA for {name} has up {tuple(up.shape)} and down {tuple(down.shape)}, but the linear there is "
+                f"{length} × {columns[1]}; it was made for another model"
+            )
+        factor = strength * (float(alpha) / down.shape[0] if alpha is not None else 1.0)
+        branches.setdefault(module, []).append(SideLoRA(down, up, start, columns[0], factor))
+    return branches, others
+
+
+class _Injection:
+    """Puts branches into their modules while a model with this LoRA is loaded, and takes them out again."""
+
+    def __init__(self, branches: Mapping[str, list[SideLoRA]]):
+        self.branches = branches
+        self.key = object()
+
+    def inject(self, patcher: Any) -> None:
+        device = comfy.model_management.get_torch_device()
+        for name, branches in self.branches.items():
+            module: DiRotQLinear = comfy.utils.get_attr(patcher.model, name)
+            module.side_loras[self.key] = [b.to(device) for b in branches]
+
+    def eject(self, patcher: Any) -> None:
+        for name in self.branches:
+            comfy.utils.get_attr(patcher.model, name).side_loras.pop(self.key, None)
+
+
+def apply_lora(patcher: Any, lora: Mapping[str, torch.Tensor], strength: float) -> Any:
+    """A clone of `patcher` with a LoRA of any format ComfyUI reads.
+
+    Raises:
+        ValueError: no key of the LoRA belongs to this model, or a shape does not fit.
+    """
+    key_map = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), key_map)
+    if not patches:
+        raise ValueError("no key of this LoRA belongs to this model; is it for another architecture?")
+    linears = {n: m for n, m in patcher.model.named_modules() if isinstance(m, DiRotQLinear)}
+    shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
+    branches, others = side_branches(patches, shapes, strength)
+    clone = patcher.clone()
+    if others:
+        names = ", ".join(str(k if isinstance(k, str) else k[0]) for k in list(others)[:3])
+        logger.info("%d patches of this LoRA are no plain LoRA and go into the weights: %s", len(others), names)
+        clone.add_patches(others, strength)
+    if branches:
+        injection = _Injection(branches)
+        clone.set_injections(f"dirotq_lora_{uuid.uuid4()}", [PatcherInjection(injection.inject, injection.eject)])
+    return clone

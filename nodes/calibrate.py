@@ -1,0 +1,141 @@
+"""Calibration of a MODEL by really sampling with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import psutil
+import torch
+
+from ..dirotq_core.calibrate import HELD_OUT_EVERY, HELD_OUT_TOKENS, Calibration
+from ..dirotq_core.config import DiRotQConfig
+from ..dirotq_core.layout import SitePlan, linear_at
+from ..dirotq_core.quantize import measure_site
+from ..dirotq_core.solve import SolvedSite, solve_site
+
+#: Share of free memory that second moments of one pass may take.
+MEMORY_SHARE = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Images to draw: `model` on each of `conditionings` in turn, `samples` times, each with noise of its own."""
+
+    model: Any
+    conditionings: list[Any]
+    negative: Any
+    samples: int
+    steps: int
+    cfg: float
+    width: int
+    height: int
+    seed: int
+
+    def draw(self, index: int, callback: Any) -> None:
+        """Sample image `index` for its activations; the latent is thrown away."""
+        latent_format = self.model.get_model_object("latent_format")
+        shape = (1, latent_format.latent_channels, self.height // 8, self.width // 8)
+        latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+        latent = comfy.sample.fix_empty_latent_channels(self.model, latent)
+        noise = comfy.sample.prepare_noise(latent, self.seed * 1_000_003 + index)
+        positive = self.conditionings[index % len(self.conditionings)]
+        comfy.sample.sample(
+            self.model, noise, self.steps, self.cfg, "euler", "simple", positive, self.negative or positive, latent,
+            denoise=1.0, seed=self.seed + index, disable_pbar=True, callback=callback,
+        )  # fmt: skip
+
+
+def calibrated_sites(sampling: Sampling, plans: list[SitePlan], config: DiRotQConfig) -> dict[str, SolvedSite]:
+    """Every site solved on statistics of its input, by owner.
+
+    Second moments take 4 K² bytes a site, 65 GB for FLUX.1: sites that do not fit into memory together are calibrated
+    in several passes over the same images.
+
+    Raises:
+        ValueError: negative conditioning is missing while cfg is not 1, or a site saw no token.
+        InterruptProcessingException: ComfyUI's interrupt, at the next step or site.
+    """
+    if sampling.cfg != 1.0 and sampling.negative is None:
+        raise ValueError(f"cfg is {sampling.cfg:g}; connect negative, or set cfg to 1")
+    passes = list(_passes(plans))
+    if len(passes) > 1:
+        logger.info("second moments of all sites do not fit into memory; calibrating in %d passes", len(passes))
+    bar = comfy.utils.ProgressBar(len(passes) * sampling.samples * sampling.steps + len(plans))
+    solved: dict[str, SolvedSite] = {}
+    for group in passes:
+        calibration = _run(sampling, group, bar)
+        solved |= _solve(sampling.model.model.diffusion_model, group, config, calibration, bar)
+    return solved
+
+
+def _passes(plans: list[SitePlan]) -> Iterator[list[SitePlan]]:
+    device = comfy.model_management.get_torch_device()
+    budget = MEMORY_SHARE * psutil.virtual_memory().available
+    if device.type == "cuda":
+        budget = max(budget, MEMORY_SHARE * comfy.model_management.get_free_memory(device))
+    group: list[SitePlan] = []
+    taken = 0.0
+    for plan in plans:
+        size = 4 * plan.in_features ** (1 if plan.transform is None else 2)
+        if group and taken + size > budget:
+            yield group
+            group, taken = [], 0.0
+        group.append(plan)
+        taken += size
+    if group:
+        yield group
+
+
+def _run(sampling: Sampling, plans: list[SitePlan], bar: Any) -> Calibration:
+    calibration = Calibration(sampling.model.model.diffusion_model, plans)
+    calibration.ran = True
+    held = max(sampling.samples // HELD_OUT_EVERY, 1) if sampling.samples > 1 else 0
+    calibration.rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * sampling.steps)))
+
+    def callback(*_: Any) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    with calibration.recording():
+        for i in range(sampling.samples):
+            calibration.holding_out = i >= sampling.samples - held
+            sampling.draw(i, callback)
+    return calibration
+
+
+def _solve(
+    model: torch.nn.Module, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
+) -> dict[str, SolvedSite]:
+    device = comfy.model_management.get_torch_device()
+    held_out, solved = calibration.held_out, {}
+    for plan in plans:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        moment = calibration.moments.pop(plan.owner)  # freed as the sites are done
+        if not moment.tokens:
+            raise ValueError(f"{plan.owner} saw no token while sampling; is it used by this model at all?")
+        weight = linear_at(model, plan.owner).weight.data.to(device)
+        site = solve_site(plan, config, [weight], moment.mean().to(device), moment.tokens)
+        if plan.owner in held_out:
+            _measure(weight, plan, config, site, held_out[plan.owner].to(weight.dtype))
+        solved[plan.owner] = site
+        bar.update(1)
+    return solved
+
+
+def _measure(
+    weight: torch.Tensor, plan: SitePlan, config: DiRotQConfig, site: SolvedSite, tokens: torch.Tensor
+) -> None:
+    """`measure_site` of one linear that need not be on the GPU in the model itself. The bias does not matter."""
+    alone = torch.nn.Module()
+    alone.linear = torch.nn.Linear(plan.in_features, len(weight), bias=False, device="meta")
+    alone.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    measure_site(alone, dataclasses.replace(plan, linears=("linear",)), config, site, tokens)

@@ -1,0 +1,137 @@
+"""Quantize Model (DiRotQ) and Apply DiRotQ (instant)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dirotq_core.methods import METHODS
+
+
+class Quantize(io.ComfyNode):
+    """Calibrates a dense MODEL and saves it in 4 bit."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiRotQQuantizeModel",
+            display_name="Quantize Model (DiRotQ)",
+            category="DiRotQ",
+            description=(
+                "Quantizes a 16-bit FLUX.1 or PixArt-Σ model to 4 bit, calibrated on prompts, saves the "
+                "checkpoint and outputs the quantized model."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The 16-bit model to quantize."),
+                io.String.Input(
+                    "filename",
+                    default="dirotq/model",
+                    tooltip="Where to save the checkpoint, under models/diffusion_models; the extension is added.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    list(METHODS),
+                    tooltip=(
+                        "dirotq: 16-bit subspace and Hadamard rotation (default); paper: as published, with a "
+                        "dense rotation; hadamard, svdquant and rtn are simpler methods to compare with."
+                    ),
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=64,
+                    min=0,
+                    max=1024,
+                    step=64,
+                    tooltip="Width of the subspace that stays 16 bit. More is closer to the original, and larger.",
+                ),
+                io.Combo.Input(
+                    "activation_bits",
+                    ["4", "8", "16"],
+                    tooltip="Bits of the activations that the checkpoint asks for; it can be changed when loading.",
+                ),
+                io.Int.Input(
+                    "samples", default=32, min=1, max=1024, tooltip="How many prompts are drawn for calibration."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps of each drawn prompt."),
+                io.Int.Input(
+                    "width", default=1024, min=64, max=4096, step=16, tooltip="Width of the drawn pictures in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=64, max=4096, step=16, tooltip="Height of the drawn pictures in pixels."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance while drawing: 1 for FLUX.1, about 4.5 for PixArt-Σ.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the drawn noise."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="Prompts for calibration, one a line. Empty: the built-in ones.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Text encoder for the prompts. Not needed if conditionings are connected.",
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="A conditioning to calibrate on, instead of prompts."
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The negative conditioning while drawing, where cfg is above 1."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
+                io.String.Output(display_name="report", tooltip="What was measured: error of the layers, and remarks."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, filename: str, method: str, rank: int, activation_bits: str, samples: int, steps: int,
+        width: int, height: int, cfg: float, seed: int, prompts: str, clip: Any = None, positive: Any = None,
+        negative: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        from . import quantizing
+        from .calibrate import Sampling
+
+        path = quantizing.target_path(filename)
+        config = quantizing.calibrated_config(method, rank, int(activation_bits), seed)
+        conditionings = quantizing.conditionings(clip, positive, prompts, samples)
+        sampling = Sampling(model, conditionings, negative, samples, steps, cfg, width, height, seed)
+        return io.NodeOutput(*quantizing.quantize_calibrated(sampling, config, path))
+
+
+class Apply(io.ComfyNode):
+    """Quantizes a loaded MODEL without calibration, in memory."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiRotQApply",
+            display_name="Apply DiRotQ (instant)",
+            category="DiRotQ",
+            description="Quantizes a loaded model's layers to 4 bit on the fly, without data.",
+            inputs=[
+                io.Model.Input("model", tooltip="A 16-bit model."),
+                io.Combo.Input(
+                    "activation_bits",
+                    ["8", "4", "16"],
+                    tooltip="Bits of the activations. Without calibration 8 is recommended.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with 4-bit layers.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, activation_bits: str) -> io.NodeOutput:
+        from . import quantizing
+
+        return io.NodeOutput(quantizing.quantize_instantly(model, int(activation_bits)))

@@ -1,0 +1,151 @@
+"""From a dense MODEL to a quantized one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..dirotq_core.config import DiRotQConfig
+from ..dirotq_core.inspect import skeleton
+from ..dirotq_core.layout import SitePlan, plan_sites
+from ..dirotq_core.prompts import BUILT_IN_PROMPTS, read_prompts
+from ..dirotq_core.report import QuantizationReport
+from ..dirotq_core.single_file import NativeCheckpoint, fusions, infer_config, write_native
+from ..dirotq_core.solve import SolvedSite, solve_site
+from .calibrate import Sampling, calibrated_sites
+from .choices import FOLDER
+from .model import make_model, make_settings, native_weights
+
+
+def native_plans(shapes: Mapping[str, tuple[int, ...]], config: DiRotQConfig) -> tuple[dict[str, Any], list[SitePlan]]:
+    """config.json of a native model, and the sites of its native linears.
+
+    Args:
+        shapes: of the dense model's tensors. config: resolved.
+
+    Raises:
+        ValueError: the model has no recipe, or `config` excludes part of a linear that is fused here.
+    """
+    description = infer_config(shapes)
+    owners = {n: p for p in plan_sites(skeleton(description), config) for n in p.linears}
+    plans = []
+    for fusion in fusions(description):
+        planned = {owners.get(part) for part in fusion.parts}
+        if planned == {None}:
+            continue
+        if len(planned) > 1:
+            raise ValueError(f"{fusion.native} is one linear here; exclude all of {', '.join(fusion.parts)} or none")
+        plan = owners[fusion.parts[0]]
+        plans.append(dataclasses.replace(plan, linears=(fusion.native,), out_features=(sum(plan.out_features),)))
+    return description, plans
+
+
+def assemble(
+    weights: Mapping[str, torch.Tensor], solved: Mapping[str, SolvedSite], plans: list[SitePlan],
+    config: DiRotQConfig, description: dict[str, Any],
+) -> NativeCheckpoint:  # fmt: skip
+    """The checkpoint of dense `weights` with the `solved` linears in place of theirs, in host memory."""
+    known = {f.native for f in fusions(description)}
+    tensors = {
+        name: _stored(t)
+        for name, t in weights.items()
+        # Biases of quantized linears stay; what diffusers has no name for is unused at inference.
+        if name.removesuffix(".weight") not in solved and (name in known or name.rpartition(".")[0] in known)
+    }
+    for name, site in solved.items():
+        tensors |= {f"{name}.{field}": t for field, t in site.linears[0].items()}
+        tensors |= {f"{name}.input_site.{field}": t for field, t in site.site.items()}
+    return NativeCheckpoint(
+        tensors, {p.owner: p for p in plans}, config, description | {"quantization_config": config.to_dict()}
+    )
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+
+
+def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) -> tuple[Any, str]:
+    """Quantize the model of `sampling` on the images it draws and save it; the quantized MODEL, and a report.
+
+    Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
+    """
+    model = sampling.model
+    weights = native_weights(model)
+    description, plans = native_plans({n: tuple(t.shape) for n, t in weights.items()}, config)
+    solved = calibrated_sites(sampling, plans, config)
+    checkpoint = assemble(weights, solved, plans, config, description)
+    write_native(path, checkpoint.tensors, checkpoint.config)
+    rows = [row for site in solved.values() for row in site.reports]
+    report = QuantizationReport(config.method, config.activation_bits or 4, rows)
+    return put_on(model, checkpoint), report_text(report, path)
+
+
+def quantize_instantly(model: Any, bits: int) -> Any:
+    """`model` with data-free 4-bit weights (Hadamard rotation, rounding to nearest) and `bits`-bit activations."""
+    config = DiRotQConfig(activation_bits=bits).resolved(calibrated=False)
+    weights = native_weights(model)
+    description, plans = native_plans({n: tuple(t.shape) for n, t in weights.items()}, config)
+    bar = comfy.utils.ProgressBar(len(plans))
+    device = comfy.model_management.get_torch_device()
+    solved = {}
+    for plan in plans:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        solved[plan.owner] = solve_site(plan, config, [weights[f"{plan.owner}.weight"].to(device)], None)
+        bar.update(1)
+    return put_on(model, assemble(weights, solved, plans, config, description))
+
+
+def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
+    """`model` with the weights of `checkpoint`: its options, wrappers and hooks stay, its weight patches are inside."""
+    made = make_model(checkpoint, make_settings(checkpoint, "default", "auto", "side branch"))
+    clone = model.clone(model_override=made.get_clone_model_override())
+    clone.patches, clone.size, clone.cached_patcher_init = {}, 0, made.cached_patcher_init
+    clone.set_attachments("dirotq", checkpoint.config)
+    return clone
+
+
+def target_path(filename: str) -> Path:
+    root = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    name = filename.strip().removesuffix(".safetensors")
+    path = (root / f"{name}.safetensors").resolve()
+    if not name or root not in path.parents:
+        raise ValueError(f"filename must be a name below {root}, got {filename!r}")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another filename")
+    return path
+
+
+def calibrated_config(method: str, rank: int, bits: int, seed: int) -> DiRotQConfig:
+    own = rank if method == "dirotq" else None  # the others bring theirs
+    return DiRotQConfig(method=method, rank=own, activation_bits=bits, seed=seed).resolved(calibrated=True)
+
+
+def conditionings(clip: Any, positive: Any, prompts: str, samples: int) -> list[Any]:
+    """One positive conditioning per image; encoded once, kept in host memory."""
+    if positive is not None:
+        return [positive]
+    if clip is None:
+        raise ValueError("connect clip (it encodes the prompts) or positive")
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()] or read_prompts(BUILT_IN_PROMPTS)
+    bar = comfy.utils.ProgressBar(min(samples, len(lines)))
+    out = []
+    for line in lines[:samples]:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        out.append(clip.encode_from_tokens_scheduled(clip.tokenize(line)))
+        bar.update(1)
+    return out
+
+
+def report_text(report: QuantizationReport, path: Path) -> str:
+    lines = [f"saved {path} ({path.stat().st_size / 1e9:.2f} GB), {len(report.linears)} linears in 4 bit"]
+    if report.median_output_db is not None:
+        lines.append(f"median SQNR of their outputs on held-out tokens: {report.median_output_db:.1f} dB")
+    return "\n".join([*lines, *report.notes()])
