@@ -17,6 +17,8 @@ _LAZY = {
     "CheckpointError": ".dirotq_core.checkpoint",
     "QuantizationReport": ".dirotq_core.report",
     "quantize": ".dirotq_core.quantize",
+    "EngineOptions": ".dirotq_core.engine",
+    "quantize_checkpoint": ".dirotq_core.engine",
     "set_activation_bits": ".dirotq_core.build",
 }
 

@@ -23,6 +23,11 @@ MEMORY_SHARE = 0.8
 logger = logging.getLogger(__name__)
 
 
+def held_out_prompts(prompts: int) -> int:
+    """How many of so many prompts, the last ones, are held out of the statistics."""
+    return max(prompts // HELD_OUT_EVERY, 1) if prompts > 1 else 0
+
+
 def _statistics_go_to_host(model: torch.nn.Module, plans: Sequence[SitePlan]) -> bool:
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -41,13 +46,20 @@ def _statistics_go_to_host(model: torch.nn.Module, plans: Sequence[SitePlan]) ->
 class Calibration:
     """Second moments and held-out tokens of every site of a model.
 
+    Args:
+        tokens_per_sample: at most so many tokens of each row of a batch are summed, drawn at random; None for all.
+
     Attributes:
         moments: per site owner, `SecondMoment`. held_out: per site owner, tokens [≤ 512, K] in the model's dtype.
+        holding_out: whether what is observed next is kept as held-out tokens instead of being summed.
+        rows_per_call: how many held-out tokens are kept of each call.
+        kept: the held-out tokens by call. sample: a number of the present call, which random tokens depend on.
     """
 
-    def __init__(self, model: torch.nn.Module, plans: Sequence[SitePlan]):
+    def __init__(self, model: torch.nn.Module, plans: Sequence[SitePlan], tokens_per_sample: int | None = None):
         self.model = model
         self.plans = plans
+        self.tokens_per_sample = tokens_per_sample
         host = _statistics_go_to_host(model, plans)
         self.moments = {
             p.owner: SecondMoment(p.in_features, diagonal=p.transform is None, device="cpu" if host else None)
@@ -55,6 +67,7 @@ class Calibration:
         }
         self.kept: dict[str, list[torch.Tensor]] = {p.owner: [] for p in plans}
         self.ran = False
+        self.sample = 0
         self.holding_out = False
         self.rows_per_call = HELD_OUT_TOKENS
 
@@ -76,22 +89,30 @@ class Calibration:
 
     def _observer(self, owner: str):
         def observe(module: torch.nn.Module, args: tuple) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            x = args[0].detach()
             if not self.holding_out:
-                self.moments[owner].update(x)
+                self.moments[owner].update(self._some_tokens(x, owner))
                 return
+            x = x.reshape(-1, x.shape[-1])
             # Evenly spaced rows of every call, so that all timesteps and both guidance halves are represented.
             rows = torch.linspace(0, len(x) - 1, min(self.rows_per_call, len(x))).long()
             self.kept[owner].append(x[rows.to(x.device)].cpu())
 
         return observe
 
+    def _some_tokens(self, x: torch.Tensor, owner: str) -> torch.Tensor:
+        """x [B, T, K], or [B, t, K] with t = `tokens_per_sample` tokens that depend on `sample`."""
+        wanted = self.tokens_per_sample
+        if wanted is None or x.ndim < 3 or x.shape[1] <= wanted:
+            return x
+        generator = torch.Generator().manual_seed(site_seed(owner, self.sample))
+        return x[:, torch.randperm(x.shape[1], generator=generator)[:wanted].sort().values.to(x.device)]
+
     @torch.no_grad()
     def run(self, pipeline: Any, prompts: Sequence[str], call: dict[str, Any], seed: int, progress: bool) -> None:
         """Draw every prompt, with noise of its own that no user's seed gives. The last eighth is held out."""
         self.ran = True
-        held = len(prompts) // HELD_OUT_EVERY if len(prompts) > 1 else 0
-        held = max(held, 1 if len(prompts) > 1 else 0)
+        held = held_out_prompts(len(prompts))
         steps = int(call.get("num_inference_steps", 20))
         self.rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * steps)))
         bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=not progress)

@@ -35,8 +35,12 @@ class WeightFormat:
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the nearest table entries to `scaled` (any shape, in table units)."""
-        midpoints, codes = _decision(self.table, scaled.device)
+        midpoints, codes, _ = _decision(self.table, scaled.device)
         return codes[torch.bucketize(scaled.float(), midpoints)]
+
+    def decision(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Midpoints [15] between the sorted table entries, and those entries' codes and values [16]."""
+        return _decision(self.table, device)
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Table entries of `codes` (any shape, uint8) as `dtype`, in table units."""
@@ -52,10 +56,9 @@ class WeightFormat:
 
 
 @lru_cache(maxsize=32)
-def _decision(table: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Midpoints between the sorted table entries [15], and the sorted entries' codes [16]."""
+def _decision(table: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     values, codes = torch.tensor(table, dtype=torch.float32, device=device).sort()
-    return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8)
+    return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8), values
 
 
 WEIGHT_FORMATS: dict[str, WeightFormat] = {

@@ -111,7 +111,7 @@ def _report(folder: Path) -> QuantizationReport | None:
 
 
 def skeleton(raw: dict) -> Any:
-    """The dense transformer that a config.json describes, on the meta device; ValueError if there is none."""
+    """The model that a config.json describes, dense, its parameters on the meta device. ValueError if it cannot be."""
     import diffusers
     from accelerate import init_empty_weights
 

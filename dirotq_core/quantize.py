@@ -100,9 +100,13 @@ def _refuse_unready(model: torch.nn.Module, plans: Sequence[SitePlan]) -> None:
 
 def solve_all(
     model: torch.nn.Module, plans: Sequence[SitePlan], config: DiRotQConfig, calibration: Calibration,
-    progress: bool = True,
+    progress: bool = True, consume: bool = False,
 ) -> tuple[QuantizationReport, list[SolvedSite]]:  # fmt: skip
-    """Solve every site from the gathered statistics; `model` is not changed."""
+    """Solve every site from the gathered statistics; `model` is not changed.
+
+    Args:
+        consume: free each site's statistics when it is solved; `calibration` is of no more use then.
+    """
     solved = []
     report = QuantizationReport(config.method, config.activation_bits or 4)
     held_out = calibration.held_out
@@ -114,8 +118,11 @@ def solve_all(
                 f"{plan.owner} saw no token while the pipeline ran on the prompts: nothing calls it, so it "
                 "cannot be calibrated; leave it in 16 bit with modules_to_not_convert"
             )
-        mean = moment.mean().to(weights[0].device) if moment.tokens else None
+        mean = None
+        if moment.tokens:
+            mean = (moment.take() if consume else moment.mean()).to(weights[0].device)
         site = solve_site(plan, config, weights, mean, moment.tokens)
+        del mean
         if plan.owner in held_out:
             measure_site(model, plan, config, site, held_out[plan.owner])
         solved.append(site)

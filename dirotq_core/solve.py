@@ -11,7 +11,7 @@ from ..kernels import pack_int4
 from .config import DiRotQConfig
 from .layout import SitePlan
 from .rounding import Rounded, round_gptq, round_nearest
-from .subspace import captured_energy
+from .subspace import EXACT_WIDTH, captured_energy
 from .transforms import SiteStatistics, Tensors, transformed_moment
 
 #: Second moments and GPTQ overfit below about this many tokens per input column; a rule of thumb for the warning.
@@ -69,22 +69,27 @@ def solve_site(
     if plan.transform is None:
         site: Tensors = {}
         rounded = round_nearest(torch.cat([w.float() for w in weights]), plan.format, moment)
-        target = torch.cat([w.double() for w in weights])
+        target = torch.cat([w.to(_precision(plan)) for w in weights])
         low_rank = None
         low_moment = None if moment is None else moment.double().to(target.device)
     else:
         statistics = SiteStatistics(plan.in_features, weights, plan.seed, plan.rank, config.basis or "pca", moment)
         site = plan.transform.prepare(statistics)
-        target, low_rank = plan.transform.fold(torch.cat([w.double() for w in weights]), site)
-        low_moment = None if moment is None else transformed_moment(plan.transform, moment.to(target.device), site)
-        rounded = _round(target, plan, config, low_moment)
+        target, low_rank = plan.transform.fold(torch.cat([w.to(_precision(plan)) for w in weights]), site)
         if "basis" in site and "smooth" not in site and moment is not None:  # a basis of x itself
             energy = captured_energy(moment, torch.linalg.qr(site["basis"].double())[0])
+        low_moment = None if moment is None else transformed_moment(plan.transform, moment.to(target.device), site)
+        rounded = _round(target, plan, config, low_moment)
     return SolvedSite(
         site={k: t.cpu() for k, t in site.items()},
         linears=_split(plan, rounded, low_rank),
         reports=_reports(plan, target, rounded, low_moment, tokens, energy),
     )
+
+
+def _precision(plan: SitePlan) -> torch.dtype:
+    """Of W_res = W − L Uᵀ and the report: float32 is plenty, float64 is what small sites can be compared in."""
+    return torch.float64 if plan.in_features <= EXACT_WIDTH else torch.float32
 
 
 def _round(target: torch.Tensor, plan: SitePlan, config: DiRotQConfig, moment: torch.Tensor | None) -> Rounded:
@@ -111,7 +116,8 @@ def _reports(
     energy: float | None,
 ) -> list[LinearReport]:  # fmt: skip
     fmt = plan.format
-    error = fmt.decode(rounded.codes, torch.float64) * fmt.expand(rounded.scale.double(), target.shape[1]) - target
+    error = fmt.decode(rounded.codes, target.dtype) * fmt.expand(rounded.scale.to(target), target.shape[1]) - target
+    moment = None if moment is None else moment.to(target)
     note = rounded.fallback
     if note is None and plan.quantize_input and 0 < tokens < TOKENS_PER_COLUMN * plan.in_features:
         note = f"{tokens} calibration tokens for {plan.in_features} columns; at least {TOKENS_PER_COLUMN}× are better"
@@ -127,10 +133,10 @@ def _reports(
 def _energy(w: torch.Tensor, moment: torch.Tensor | None) -> float:
     """E‖v Wᵀ‖² for v of the given second moment (or its diagonal), of white v without one."""
     if moment is None:
-        return float(w.square().sum())
+        return float(w.square().sum(dtype=torch.float64))
     if moment.ndim == 1:
-        return float((w.square() * moment).sum())
-    return float(((w @ moment) * w).sum())
+        return float((w.square() * moment).sum(dtype=torch.float64))
+    return float(((w @ moment) * w).sum(dtype=torch.float64))
 
 
 def _db(ratio: float) -> float:

@@ -14,10 +14,13 @@ import torch
 
 from ..kernels import hadamard_matrix
 from .codebooks import GROUP_SIZE
+from .rounding import DOUBLE_WIDTH
 from .subspace import eigenvectors_ascending, joint_basis, pca_basis
 
 Tensors = Mapping[str, torch.Tensor]
 MAX_HADAMARD_BLOCK = 128
+#: Rows of a wide second moment that are transformed at a time.
+MOMENT_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -223,9 +226,13 @@ SITE_DTYPES = {
 
 
 def transformed_moment(transform: Transform, moment: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    """Second moment of v, Tᵀ C T [K', K'] in float64, for v = x T."""
-    half = transform.apply(moment.double(), tensors)[0]
-    return transform.apply(half.T.contiguous(), tensors)[0]
+    """Second moment of v, Tᵀ C T [K', K'], for v = x T; in float64, where K is wider than `DOUBLE_WIDTH` in float32."""
+    if len(moment) <= DOUBLE_WIDTH:
+        half = transform.apply(moment.double(), tensors)[0]
+        return transform.apply(half.T.contiguous(), tensors)[0]
+    # Some rows at a time: what `apply` holds on the way would be several matrices of the moment's size.
+    half = torch.cat([transform.apply(rows.float(), tensors)[0] for rows in moment.split(MOMENT_ROWS)])
+    return torch.cat([transform.apply(part.T.contiguous(), tensors)[0] for part in half.split(MOMENT_ROWS, dim=1)])
 
 
 def aligned_rank(features: int, high_fraction: float) -> int:

@@ -3,6 +3,7 @@
 Importing this imports no Triton; a Triton kernel is imported when it first runs (see `backend`).
 """
 
+from .gptq import round_columns
 from .hadamard import block_hadamard, hadamard_matrix
 from .lattice import (
     CODEBOOK16,
@@ -36,5 +37,6 @@ __all__ = [
     "pack_int4",
     "rotate",
     "rotate_quantize",
+    "round_columns",
     "unpack_int4",
 ]

@@ -188,3 +188,20 @@ def _cpu_int_mm_is_exact() -> bool:
     a = torch.full((32, 128), -128, dtype=torch.int8)
     w = torch.full((33, 128), 127, dtype=torch.int8)
     return bool((torch._int_mm(a, w.T) == -128 * 127 * 128).all())
+
+
+def round_columns(
+    work: Tensor, factor: Tensor, scale: Tensor, midpoints: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's inner loop: table entries and compensated errors of B columns; `work` is overwritten."""
+    divisors = torch.where(scale > 0, scale, torch.inf)  # of an all-zero row: what is divided becomes zero
+    entries = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    errors = torch.empty(work.shape, dtype=torch.float32, device=work.device)
+    pivots = factor.diagonal()
+    for i in range(work.shape[1]):
+        column = work[:, i]
+        entry = torch.bucketize(column / divisors[:, i], midpoints, out_int32=True)
+        entries[:, i] = entry
+        errors[:, i] = (column - values[entry] * scale[:, i]) / pivots[i]
+        work[:, i + 1 :] -= torch.outer(errors[:, i], factor[i, i + 1 :])
+    return entries, errors

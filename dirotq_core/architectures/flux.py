@@ -20,10 +20,12 @@ FLUX = Recipe(
                 ("ff_context.net.2",),
             ),
             modulation=("norm1.linear", "norm1_context.linear"),
+            returns=("encoder_hidden_states", "hidden_states"),
         ),
         "single_transformer_blocks": BlockRecipe(
             sites=(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), ("proj_out",)),
             modulation=("norm.linear",),
+            returns=("encoder_hidden_states", "hidden_states"),
         ),
     }
 )

@@ -15,10 +15,13 @@ class BlockRecipe:
     Attributes:
         sites: groups of linears, named relative to the block, that read the same tensor.
         modulation: linears that see one row per image (adaLN): W4A16.
+        returns: the names under which the next block takes what a block returns, in order; the last one is the image's.
+            All other arguments are the same for every block.
     """
 
     sites: tuple[tuple[str, ...], ...]
     modulation: tuple[str, ...] = ()
+    returns: tuple[str, ...] = ("hidden_states",)
 
 
 @dataclass(frozen=True)

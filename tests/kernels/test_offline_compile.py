@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dirotq.kernels import triton_linear, triton_rotate, triton_site, triton_unpack, triton_w4a16  # noqa: E402
+from dirotq.kernels import triton_gptq, triton_linear, triton_rotate, triton_site, triton_unpack, triton_w4a16  # noqa: E402
 from dirotq.kernels.triton_common import OPTIONS  # noqa: E402
 
 KIB = 1024
@@ -188,6 +188,15 @@ def test_unpack_compiles(chip, tmp_path):
     }
     compiled = compile_for(target, triton_unpack.unpack_kernel, {"packed_ptr": "i32", "out_ptr": "i32"}, values)
     assert target.backend != "cuda" or "prmt.b32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_round_columns_compiles(chip, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    names = ("work", "factor", "scale", "midpoints", "values", "errors")
+    pointers = {**{f"{name}_ptr": "fp32" for name in names}, "entries_ptr": "u8"}
+    compiled = compile_for(target, triton_gptq.round_columns_kernel, pointers, triton_gptq.blocks(128))
     check(compiled, target, shared_memory, tmp_path)
 
 

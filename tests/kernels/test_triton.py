@@ -291,3 +291,22 @@ def test_offsets_past_31_bits():
     last = slice(m - 100, m)
     expected = by_reference(kernels.linear_a8, codes[last], scale[last], None, *arguments)
     assert torch.equal(y[last], expected)
+
+
+@pytest.mark.parametrize(("n", "k", "device"), on([(5, 64), (17, 24)], [(3072, 128), (33, 64), (21504, 128)]))
+@pytest.mark.parametrize("table", ["codebook", "int4"])
+def test_round_columns(n, k, device, table):
+    """GPTQ's inner loop: no operation of it may be rounded differently."""
+    generator = torch.Generator().manual_seed(n)
+    work = torch.randn(n, 2 * k, generator=generator).to(device)[:, k // 2 : k // 2 + k]
+    h = torch.randn(3 * k, k, generator=generator, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(h.T @ h / len(h)), upper=True).float().to(device)
+    scale = torch.rand(n, k, generator=generator).to(device) * 0.1
+    scale[2] = 0
+    values = torch.tensor(kernels.CODEBOOK16 if table == "codebook" else kernels.INT4, dtype=torch.float32)
+    values = values.sort().values.to(device)
+    midpoints = (values[1:] + values[:-1]) / 2
+    entries, errors = kernels.round_columns(work, factor, scale, midpoints, values)
+    expected, error = by_reference(kernels.round_columns, work.clone(), factor, scale, midpoints, values)
+    assert torch.equal(entries, expected)
+    torch.testing.assert_close(errors, error, rtol=0, atol=0)

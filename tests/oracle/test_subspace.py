@@ -55,7 +55,7 @@ def iterative(monkeypatch):
 
 
 @pytest.mark.parametrize("steep", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize(("k", "r"), [(192, 8), (511, 32)])
+@pytest.mark.parametrize(("k", "r"), [(192, 8), (511, 32), (192, 40)])
 def test_iteration_captures_what_eigh_captures(oracle, activations, iterative, steep, k, r):
     x = activations(4 * k, k, steep=steep)
     c = torch.from_numpy(x.T @ x / len(x))
@@ -63,8 +63,8 @@ def test_iteration_captures_what_eigh_captures(oracle, activations, iterative, s
         u = pca_basis(moment, r)
         np.testing.assert_allclose((u.T @ u).numpy(), np.eye(r), atol=tolerance)
         best = oracle.principal(x, r)
-        lost = np.trace(best.T @ c.numpy() @ best) - np.trace(u.numpy().T @ c.numpy() @ u.numpy())
-        assert lost < 1e-5 * np.trace(c.numpy())
+        outside, least = (np.trace(c.numpy()) - np.trace(b.T @ c.numpy() @ b) for b in (u.numpy(), best))
+        assert outside < least * (1 + 1e-3)  # 0.004 dB
 
 
 def test_joint_basis_by_iteration_is_as_good(activations, monkeypatch):
