@@ -109,25 +109,26 @@ def of_model(model: Any) -> Summary:
         parameters += tensor.numel()
         if getattr(tensor, "_layout_cls", None) == LAYOUT:
             n, k = tensor.shape
-            rows.append(Row(name.removesuffix(".weight"), n, k, scheme(tensor), size))
+            rows.append(Row(name.removesuffix(".weight"), n, k, scheme(tensor._params), size))
     return Summary(type(network).__name__, rows, total, parameters)
 
 
-def _tensors(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(network: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     yield from network.named_parameters()
     yield from network.named_buffers()
 
 
-def held_bytes(tensor: torch.Tensor) -> int:
+def held_bytes(tensor: Any) -> int:
     """Bytes in memory; of a quantized tensor, those of its codes and all side tensors."""
     if not hasattr(tensor, "_layout_cls"):
         return tensor.nbytes
-    params = tensor._params  # type: ignore[attr-defined]
-    parts = [tensor._qdata, *(getattr(params, f.name) for f in fields(params))]  # type: ignore[attr-defined]
+    params = tensor._params
+    parts = [tensor._qdata, *(getattr(params, f.name) for f in fields(params))]
     return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
-def scheme(tensor: Any) -> str:
-    """What a quantized weight is called in the list, e.g. "W4A8"; from the activation bits among its parameters."""
-    bits = getattr(tensor._params, "activation_bits", None)
-    return "W4" if bits is None else f"W4A{bits}"
+def scheme(params: Any) -> str:
+    """What a weight with these parameters of the layout is called in the list: "W4A4", "W4A8", "W4A16"."""
+    from ..dirotq_core.activations import ACTIVATION_FORMATS
+
+    return f"W4A{16 if params.activation is None else ACTIVATION_FORMATS[params.activation].bits}"

@@ -44,6 +44,18 @@ def dense_flux() -> dict[str, Any]:
     return node("UNETLoader", unet_name=models.FLUX, weight_dtype="default")
 
 
+def four_bit(name: str, **settings: str) -> dict[str, Any]:
+    """Load DiRotQ Model with its default settings, or others."""
+    defaults = {
+        "repo_id": "",
+        "revision": "main",
+        "activation_bits": "default",
+        "backend": "auto",
+        "lora": "side branch",
+    }
+    return node("DiRotQLoadModel", model_name=name, **(defaults | settings))
+
+
 def saved_latent(client: Any, outputs: dict[str, Any]) -> Any:
     """The tensor [B, C, H, W] that a prompt's node "save" wrote."""
     from safetensors.torch import load_file

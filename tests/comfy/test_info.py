@@ -1,5 +1,6 @@
 """Model Info through the API: checkpoints on disk, loaded models, its plot, and its errors."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,11 +39,22 @@ def test_a_dense_model(client):
     assert text.startswith("Flux\n") and "bits per parameter on average" in text and "no layer is quantized" in text
 
 
+def test_a_loaded_model_says_what_its_checkpoint_says(client):
+    """The same layers under their other names; fused ones are fewer, so bytes are compared over all of them."""
+    prompt = info(model=["model", 0]) | {"model": graphs.four_bit(models.FLUX_4BIT)}
+    loaded = client.run(prompt)["info"]["text"][0]
+    stored = client.run(info(checkpoint=models.FLUX_4BIT))["info"]["text"][0]
+    for scheme in ("W4A8", "W4A16"):
+        size = re.compile(rf"^{scheme}: \d+ linears, ([\d.]+) MiB", re.M)
+        assert float(size.search(loaded)[1]) == pytest.approx(float(size.search(stored)[1]), abs=0.11)
+
+
 def test_a_quantized_weight_counts_with_its_side_tensors(monkeypatch):
     """On a layout of comfy-kitchen's own, which holds its tensors as ours does."""
     from comfy_kitchen.tensor import QuantizedTensor
 
     monkeypatch.setattr(info_rows, "LAYOUT", "TensorCoreFP8Layout")
+    monkeypatch.setattr(info_rows, "scheme", lambda params: "fp8")
     weight = QuantizedTensor.from_float(torch.randn(32, 64), "TensorCoreFP8Layout")
     network = torch.nn.Module()
     network.first = torch.nn.Linear(64, 32)

@@ -94,7 +94,10 @@ def test_executes(path, client, object_info):
         assert low_high[1] - low_high[0] > 10, "the picture is flat"
     for n, entry in prompt.items():
         if entry["class_type"] == "DiRotQModelInfo":
-            assert re.search(r"W4\w*: \d+ linears", outputs[n]["text"][0])
+            assert re.search(r"W4A\d+: \d+ linears", outputs[n]["text"][0])
+        if entry["class_type"] == "DiRotQCompare":
+            decibels = re.match(r"PSNR ([\d.]+) dB", outputs[n]["text"][0])
+            assert 15 < float(decibels[1]) < 60  # one random model in 16 bit and in 4
 
 
 def test_conversion_follows_reroutes_bypasses_and_primitives(object_info):
