@@ -14,11 +14,12 @@ import comfy.utils
 import psutil
 import torch
 
-from ..dirotq_core.calibrate import HELD_OUT_EVERY, HELD_OUT_TOKENS, Calibration
+from ..dirotq_core.calibrate import HELD_OUT_TOKENS, Calibration, held_out_prompts
 from ..dirotq_core.config import DiRotQConfig
-from ..dirotq_core.layout import SitePlan, linear_at
+from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.quantize import measure_site
 from ..dirotq_core.solve import SolvedSite, solve_site
+from .source import SourceWeights
 
 #: Share of free memory that second moments of one pass may take.
 MEMORY_SHARE = 0.5
@@ -54,7 +55,9 @@ class Sampling:
         )  # fmt: skip
 
 
-def calibrated_sites(sampling: Sampling, plans: list[SitePlan], config: DiRotQConfig) -> dict[str, SolvedSite]:
+def calibrated_sites(
+    sampling: Sampling, weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig
+) -> dict[str, SolvedSite]:
     """Every site solved on statistics of its input, by owner.
 
     Second moments take 4 K² bytes a site, 65 GB for FLUX.1: sites that do not fit into memory together are calibrated
@@ -73,7 +76,7 @@ def calibrated_sites(sampling: Sampling, plans: list[SitePlan], config: DiRotQCo
     solved: dict[str, SolvedSite] = {}
     for group in passes:
         calibration = _run(sampling, group, bar)
-        solved |= _solve(sampling.model.model.diffusion_model, group, config, calibration, bar)
+        solved |= _solve(weights, group, config, calibration, bar)
     return solved
 
 
@@ -98,7 +101,7 @@ def _passes(plans: list[SitePlan]) -> Iterator[list[SitePlan]]:
 def _run(sampling: Sampling, plans: list[SitePlan], bar: Any) -> Calibration:
     calibration = Calibration(sampling.model.model.diffusion_model, plans)
     calibration.ran = True
-    held = max(sampling.samples // HELD_OUT_EVERY, 1) if sampling.samples > 1 else 0
+    held = held_out_prompts(sampling.samples)
     calibration.rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * sampling.steps)))
 
     def callback(*_: Any) -> None:
@@ -113,7 +116,7 @@ def _run(sampling: Sampling, plans: list[SitePlan], bar: Any) -> Calibration:
 
 
 def _solve(
-    model: torch.nn.Module, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
+    weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
 ) -> dict[str, SolvedSite]:
     device = comfy.model_management.get_torch_device()
     held_out, solved = calibration.held_out, {}
@@ -122,7 +125,7 @@ def _solve(
         moment = calibration.moments.pop(plan.owner)  # freed as the sites are done
         if not moment.tokens:
             raise ValueError(f"{plan.owner} saw no token while sampling; is it used by this model at all?")
-        weight = linear_at(model, plan.owner).weight.data.to(device)
+        weight = weights[f"{plan.owner}.weight"].to(device)
         site = solve_site(plan, config, [weight], moment.mean().to(device), moment.tokens)
         if plan.owner in held_out:
             _measure(weight, plan, config, site, held_out[plan.owner].to(weight.dtype))

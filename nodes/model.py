@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
@@ -78,20 +77,3 @@ def make_model(checkpoint: NativeCheckpoint, settings: Settings, disable_dynamic
 def _parameters(checkpoint: NativeCheckpoint) -> int:
     packed = {f"{name}.weight" for name in checkpoint.plans}
     return sum(t.numel() * (2 if name in packed else 1) for name, t in checkpoint.tensors.items())
-
-
-def native_weights(patcher: Any) -> dict[str, torch.Tensor]:
-    """Weights of a dense MODEL by native name, LoRAs and other patches included, as tensors in host memory or on GPU.
-
-    Raises ValueError if a weight is quantized already.
-    """
-    comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
-    state: Mapping[str, torch.Tensor] = patcher.model.diffusion_model.state_dict()
-    for name, tensor in state.items():
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}: this MODEL is quantized already. Load the bf16 or fp16 file with "
-                "'Load Diffusion Model' and weight_dtype default"
-            )
-    # Original files call them scale; ComfyUI renames them on loading.
-    return {n.replace("_norm.weight", "_norm.scale"): t for n, t in state.items()}

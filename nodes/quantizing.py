@@ -21,7 +21,8 @@ from ..dirotq_core.single_file import NativeCheckpoint, fusions, infer_config, w
 from ..dirotq_core.solve import SolvedSite, solve_site
 from .calibrate import Sampling, calibrated_sites
 from .choices import FOLDER
-from .model import make_model, make_settings, native_weights
+from .model import make_model, make_settings
+from .source import SourceWeights
 
 
 def native_plans(shapes: Mapping[str, tuple[int, ...]], config: DiRotQConfig) -> tuple[dict[str, Any], list[SitePlan]]:
@@ -53,10 +54,10 @@ def assemble(
 ) -> NativeCheckpoint:  # fmt: skip
     """The checkpoint of dense `weights` with the `solved` linears in place of theirs, in host memory."""
     known = {f.native for f in fusions(description)}
+    # Biases of quantized linears stay; what diffusers has no name for is unused at inference.
     tensors = {
-        name: _stored(t)
-        for name, t in weights.items()
-        # Biases of quantized linears stay; what diffusers has no name for is unused at inference.
+        name: _stored(weights[name])
+        for name in weights
         if name.removesuffix(".weight") not in solved and (name in known or name.rpartition(".")[0] in known)
     }
     for name, site in solved.items():
@@ -78,9 +79,9 @@ def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) ->
     Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
     """
     model = sampling.model
-    weights = native_weights(model)
-    description, plans = native_plans({n: tuple(t.shape) for n, t in weights.items()}, config)
-    solved = calibrated_sites(sampling, plans, config)
+    weights = SourceWeights(model)
+    description, plans = native_plans(weights.shapes, config)
+    solved = calibrated_sites(sampling, weights, plans, config)
     checkpoint = assemble(weights, solved, plans, config, description)
     write_native(path, checkpoint.tensors, checkpoint.config)
     rows = [row for site in solved.values() for row in site.reports]
@@ -91,8 +92,8 @@ def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) ->
 def quantize_instantly(model: Any, bits: int) -> Any:
     """`model` with data-free 4-bit weights (Hadamard rotation, rounding to nearest) and `bits`-bit activations."""
     config = DiRotQConfig(activation_bits=bits).resolved(calibrated=False)
-    weights = native_weights(model)
-    description, plans = native_plans({n: tuple(t.shape) for n, t in weights.items()}, config)
+    weights = SourceWeights(model)
+    description, plans = native_plans(weights.shapes, config)
     bar = comfy.utils.ProgressBar(len(plans))
     device = comfy.model_management.get_torch_device()
     solved = {}
