@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
-import comfy.utils
 import psutil
 import torch
 
@@ -19,6 +18,7 @@ from ..dirotq_core.config import DiRotQConfig
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.quantize import measure_site
 from ..dirotq_core.solve import SolvedSite, solve_site
+from .progress import Progress
 from .source import SourceWeights
 
 #: Share of free memory that second moments of one pass may take.
@@ -56,7 +56,7 @@ class Sampling:
 
 
 def calibrated_sites(
-    sampling: Sampling, weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig
+    sampling: Sampling, weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig, node_id: str | None = None
 ) -> dict[str, SolvedSite]:
     """Every site solved on statistics of its input, by owner.
 
@@ -72,11 +72,11 @@ def calibrated_sites(
     passes = list(_passes(plans))
     if len(passes) > 1:
         logger.info("second moments of all sites do not fit into memory; calibrating in %d passes", len(passes))
-    bar = comfy.utils.ProgressBar(len(passes) * sampling.samples * sampling.steps + len(plans))
     solved: dict[str, SolvedSite] = {}
-    for group in passes:
-        calibration = _run(sampling, group, bar)
-        solved |= _solve(weights, group, config, calibration, bar)
+    with Progress(len(passes) * sampling.samples * sampling.steps + len(plans), node_id) as progress:
+        for group in passes:
+            calibration = _run(sampling, group, progress)
+            solved |= _solve(weights, group, config, calibration, progress)
     return solved
 
 
@@ -98,30 +98,29 @@ def _passes(plans: list[SitePlan]) -> Iterator[list[SitePlan]]:
         yield group
 
 
-def _run(sampling: Sampling, plans: list[SitePlan], bar: Any) -> Calibration:
+def _run(sampling: Sampling, plans: list[SitePlan], progress: Progress) -> Calibration:
     calibration = Calibration(sampling.model.model.diffusion_model, plans)
     calibration.ran = True
     held = held_out_prompts(sampling.samples)
     calibration.rows_per_call = max(1, -(-HELD_OUT_TOKENS // (max(held, 1) * sampling.steps)))
 
     def callback(*_: Any) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(1)
+        progress.step(f"calibrating, image {image + 1} of {sampling.samples}")
 
+    image = 0
     with calibration.recording():
-        for i in range(sampling.samples):
-            calibration.holding_out = i >= sampling.samples - held
-            sampling.draw(i, callback)
+        for image in range(sampling.samples):
+            calibration.holding_out = image >= sampling.samples - held
+            sampling.draw(image, callback)
     return calibration
 
 
 def _solve(
-    weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
+    weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, progress: Progress
 ) -> dict[str, SolvedSite]:
     device = comfy.model_management.get_torch_device()
     held_out, solved = calibration.held_out, {}
     for plan in plans:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         moment = calibration.moments.pop(plan.owner)  # freed as the sites are done
         if not moment.tokens:
             raise ValueError(f"{plan.owner} saw no token while sampling; is it used by this model at all?")
@@ -130,7 +129,7 @@ def _solve(
         if plan.owner in held_out:
             _measure(weight, plan, config, site, held_out[plan.owner].to(weight.dtype))
         solved[plan.owner] = site
-        bar.update(1)
+        progress.step(f"quantizing {plan.owner}")
     return solved
 
 

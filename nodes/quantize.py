@@ -91,6 +91,7 @@ class Quantize(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
                 io.String.Output(display_name="report", tooltip="What was measured: error of the layers, and remarks."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -104,9 +105,9 @@ class Quantize(io.ComfyNode):
 
         path = quantizing.target_path(filename)
         config = quantizing.calibrated_config(method, rank, int(activation_bits), seed)
-        conditionings = quantizing.conditionings(clip, positive, prompts, samples)
+        conditionings = quantizing.conditionings(clip, positive, prompts, samples, cls.hidden.unique_id)
         sampling = Sampling(model, conditionings, negative, samples, steps, cfg, width, height, seed)
-        return io.NodeOutput(*quantizing.quantize_calibrated(sampling, config, path))
+        return io.NodeOutput(*quantizing.quantize_calibrated(sampling, config, path, cls.hidden.unique_id))
 
 
 class Apply(io.ComfyNode):
@@ -134,4 +135,4 @@ class Apply(io.ComfyNode):
     def execute(cls, model: Any, activation_bits: str) -> io.NodeOutput:
         from . import quantizing
 
-        return io.NodeOutput(quantizing.quantize_instantly(model, int(activation_bits)))
+        return io.NodeOutput(quantizing.quantize_instantly(model, int(activation_bits), cls.hidden.unique_id))

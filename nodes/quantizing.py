@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 
@@ -22,6 +21,7 @@ from ..dirotq_core.solve import SolvedSite, solve_site
 from .calibrate import Sampling, calibrated_sites
 from .choices import FOLDER
 from .model import make_model, make_settings
+from .progress import Progress
 from .source import SourceWeights
 
 
@@ -73,7 +73,9 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
 
 
-def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) -> tuple[Any, str]:
+def quantize_calibrated(
+    sampling: Sampling, config: DiRotQConfig, path: Path, node_id: str | None = None
+) -> tuple[Any, str]:
     """Quantize the model of `sampling` on the images it draws and save it; the quantized MODEL, and a report.
 
     Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
@@ -81,7 +83,7 @@ def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) ->
     model = sampling.model
     weights = SourceWeights(model)
     description, plans = native_plans(weights.shapes, config)
-    solved = calibrated_sites(sampling, weights, plans, config)
+    solved = calibrated_sites(sampling, weights, plans, config, node_id)
     checkpoint = assemble(weights, solved, plans, config, description)
     write_native(path, checkpoint.tensors, checkpoint.config)
     rows = [row for site in solved.values() for row in site.reports]
@@ -89,18 +91,17 @@ def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) ->
     return put_on(model, checkpoint), report_text(report, path)
 
 
-def quantize_instantly(model: Any, bits: int) -> Any:
+def quantize_instantly(model: Any, bits: int, node_id: str | None = None) -> Any:
     """`model` with data-free 4-bit weights (Hadamard rotation, rounding to nearest) and `bits`-bit activations."""
     config = DiRotQConfig(activation_bits=bits).resolved(calibrated=False)
     weights = SourceWeights(model)
     description, plans = native_plans(weights.shapes, config)
-    bar = comfy.utils.ProgressBar(len(plans))
     device = comfy.model_management.get_torch_device()
     solved = {}
-    for plan in plans:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        solved[plan.owner] = solve_site(plan, config, [weights[f"{plan.owner}.weight"].to(device)], None)
-        bar.update(1)
+    with Progress(len(plans), node_id) as progress:
+        for plan in plans:
+            solved[plan.owner] = solve_site(plan, config, [weights[f"{plan.owner}.weight"].to(device)], None)
+            progress.step(f"quantizing {plan.owner}")
     return put_on(model, assemble(weights, solved, plans, config, description))
 
 
@@ -129,19 +130,19 @@ def calibrated_config(method: str, rank: int, bits: int, seed: int) -> DiRotQCon
     return DiRotQConfig(method=method, rank=own, activation_bits=bits, seed=seed).resolved(calibrated=True)
 
 
-def conditionings(clip: Any, positive: Any, prompts: str, samples: int) -> list[Any]:
+def conditionings(clip: Any, positive: Any, prompts: str, samples: int, node_id: str | None = None) -> list[Any]:
     """One positive conditioning per image; encoded once, kept in host memory."""
     if positive is not None:
         return [positive]
     if clip is None:
         raise ValueError("connect clip (it encodes the prompts) or positive")
     lines = [line.strip() for line in prompts.splitlines() if line.strip()] or read_prompts(BUILT_IN_PROMPTS)
-    bar = comfy.utils.ProgressBar(min(samples, len(lines)))
+    lines = lines[:samples]
     out = []
-    for line in lines[:samples]:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        out.append(clip.encode_from_tokens_scheduled(clip.tokenize(line)))
-        bar.update(1)
+    with Progress(len(lines), node_id) as progress:
+        for line in lines:
+            out.append(clip.encode_from_tokens_scheduled(clip.tokenize(line)))
+            progress.step("encoding prompts")
     return out
 
 
