@@ -1,4 +1,4 @@
-"""The command line: ``dirotq demo``, ``dirotq quantize``, ``dirotq inspect``."""
+"""The command line: ``dirotq demo``, ``dirotq quantize``, ``dirotq inspect``, ``dirotq convert``."""
 
 from __future__ import annotations
 
@@ -67,9 +67,19 @@ def _parser() -> argparse.ArgumentParser:
         help="list a checkpoint's layers",
         description="Per layer: shape, scheme, rank, bytes, average bits, and the measured SQNR if known.",
     )
-    inspect.add_argument("path", metavar="PATH", help="a saved transformer or pipeline")
+    inspect.add_argument("path", metavar="PATH", help="a saved transformer or pipeline, or a single .safetensors file")
     inspect.add_argument("--limit", type=int, help="show at most this many layers")
     inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser(
+        "convert",
+        help="between a diffusers folder and ComfyUI's single file",
+        description="A folder (transformer or pipeline) becomes one .safetensors file for ComfyUI; such a file "
+        "becomes a transformer's folder. Every tensor keeps its bytes.",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file")
+    convert.add_argument("--out", type=Path, required=True, help="what to write; must not exist")
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -83,6 +93,12 @@ def _inspect(args: argparse.Namespace) -> None:
     from .inspect import format_table, inspect_checkpoint
 
     print(format_table(inspect_checkpoint(args.path), args.limit))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .single_file import convert
+
+    print(convert(args.source, args.out))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from one layout to the other and back without loss.
 """
 
 from .convert import from_native, to_native
+from .folder import convert
 from .infer import infer_config
 from .names import NATIVE, Fusion, fusions
 from .read import NativeCheckpoint, read_native
@@ -14,6 +15,7 @@ __all__ = [
     "NATIVE",
     "Fusion",
     "NativeCheckpoint",
+    "convert",
     "from_native",
     "fusions",
     "infer_config",

@@ -48,7 +48,7 @@ def read_native(path: str | Path) -> NativeCheckpoint:
         config = read_json(folder / "config.json")
         files = checkpoint_files(folder)
     else:
-        config, files = _header_config(path), [path]
+        config, files = header_config(path), [path]
     quantization, plans, model = _layout(config, path)
     read_headers(files)  # extents and dtypes, before anything is mapped
     tensors = _tensors(files)
@@ -79,7 +79,8 @@ def _layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, list[S
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _header_config(path: Path) -> dict[str, Any]:
+def header_config(path: Path) -> dict[str, Any]:
+    """The transformer's config.json in a single file's header; CheckpointError says what else the file is."""
     with path.open("rb") as f:
         magic = f.read(8)
     if magic[:4] == b"GGUF":

@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 
 import dirotq
 from dirotq.dirotq_core.checkpoint import CheckpointError
+from dirotq.dirotq_core.cli import main
+from dirotq.dirotq_core.inspect import format_table, inspect_checkpoint
 from dirotq.dirotq_core.single_file import (
+    convert,
     from_native,
     fusions,
     infer_config,
@@ -204,3 +207,35 @@ def test_neither_flux_nor_pixart():
     shapes = {"double_blocks.0.img_attn.qkv.weight": (9, 3), "double_blocks.0.img_mod.lin.weight": (9, 3)}
     with pytest.raises(ValueError, match=r"not FLUX\.1"):
         infer_config(shapes)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_convert_there_and_back(folders, family, tmp_path):
+    one = convert(folders[family], tmp_path / "one.safetensors")
+    back = convert(one, tmp_path / "back")
+    again = convert(back, tmp_path / "again.safetensors")
+    assert again.read_bytes() == one.read_bytes()
+    files = {f.name: f.read_bytes() for f in folders[family].iterdir()}
+    assert {f.name: f.read_bytes() for f in back.iterdir()} == files  # diffusers wrote these
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "back", "one.safetensors"]
+    for wrong, target in ((one, tmp_path / "back"), (folders[family], one)):
+        with pytest.raises(FileExistsError, match="exists"):
+            convert(wrong, target)
+    with pytest.raises(ValueError, match="becomes a folder"):
+        convert(one, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_inspect_reads_both_layouts(folders, family, tmp_path):
+    folder = inspect_checkpoint(folders[family])
+    file = inspect_checkpoint(convert(folders[family], tmp_path / "one.safetensors"))
+    assert (file.rows, file.total_bytes, file.parameters) == (folder.rows, folder.total_bytes, folder.parameters)
+    assert "one.safetensors" in format_table(file)
+
+
+def test_command_line_converts(folders, tmp_path, capsys):
+    assert main(["convert", str(folders["flux"]), "--out", str(tmp_path / "one.safetensors")]) == 0
+    assert main(["inspect", str(tmp_path / "one.safetensors"), "--limit", "1"]) == 0
+    assert "W4A8" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "two.safetensors")]) == 1
+    assert "holds no transformer" in capsys.readouterr().err
