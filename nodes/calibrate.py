@@ -16,9 +16,10 @@ import torch
 
 from ..dirotq_core.calibrate import HELD_OUT_EVERY, HELD_OUT_TOKENS, Calibration
 from ..dirotq_core.config import DiRotQConfig
-from ..dirotq_core.layout import SitePlan, linear_at
+from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.quantize import measure_site
 from ..dirotq_core.solve import SolvedSite, solve_site
+from .model import in_host_memory, native_weights
 
 #: Share of free memory that second moments of one pass may take.
 MEMORY_SHARE = 0.5
@@ -61,11 +62,9 @@ def calibrated_sites(sampling: Sampling, plans: list[SitePlan], config: DiRotQCo
     in several passes over the same images.
 
     Raises:
-        ValueError: negative conditioning is missing while cfg is not 1, or a site saw no token.
+        ValueError: a site saw no token.
         InterruptProcessingException: ComfyUI's interrupt, at the next step or site.
     """
-    if sampling.cfg != 1.0 and sampling.negative is None:
-        raise ValueError(f"cfg is {sampling.cfg:g}; connect negative, or set cfg to 1")
     passes = list(_passes(plans))
     if len(passes) > 1:
         logger.info("second moments of all sites do not fit into memory; calibrating in %d passes", len(passes))
@@ -73,7 +72,7 @@ def calibrated_sites(sampling: Sampling, plans: list[SitePlan], config: DiRotQCo
     solved: dict[str, SolvedSite] = {}
     for group in passes:
         calibration = _run(sampling, group, bar)
-        solved |= _solve(sampling.model.model.diffusion_model, group, config, calibration, bar)
+        solved |= _solve(sampling.model, group, config, calibration, bar)
     return solved
 
 
@@ -113,16 +112,17 @@ def _run(sampling: Sampling, plans: list[SitePlan], bar: Any) -> Calibration:
 
 
 def _solve(
-    model: torch.nn.Module, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
+    model: Any, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
 ) -> dict[str, SolvedSite]:
     device = comfy.model_management.get_torch_device()
+    weights = native_weights(model)
     held_out, solved = calibration.held_out, {}
     for plan in plans:
         comfy.model_management.throw_exception_if_processing_interrupted()
         moment = calibration.moments.pop(plan.owner)  # freed as the sites are done
         if not moment.tokens:
             raise ValueError(f"{plan.owner} saw no token while sampling; is it used by this model at all?")
-        weight = linear_at(model, plan.owner).weight.data.to(device)
+        weight = in_host_memory(weights[f"{plan.owner}.weight"]).to(device)
         site = solve_site(plan, config, [weight], moment.mean().to(device), moment.tokens)
         if plan.owner in held_out:
             _measure(weight, plan, config, site, held_out[plan.owner].to(weight.dtype))

@@ -81,17 +81,28 @@ def _parameters(checkpoint: NativeCheckpoint) -> int:
 
 
 def native_weights(patcher: Any) -> dict[str, torch.Tensor]:
-    """Weights of a dense MODEL by native name, LoRAs and other patches included, as tensors in host memory or on GPU.
+    """Weights of a dense MODEL by native name; `in_host_memory` gives the values, LoRAs and other patches included.
+
+    Good until something else is loaded or sampled.
 
     Raises ValueError if a weight is quantized already.
     """
-    comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
-    state: Mapping[str, torch.Tensor] = patcher.model.diffusion_model.state_dict()
-    for name, tensor in state.items():
+    network = patcher.model.diffusion_model
+    for name, tensor in network.state_dict().items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}: this MODEL is quantized already. Load the bf16 or fp16 file with "
                 "'Load Diffusion Model' and weight_dtype default"
             )
+    # This patcher's patches and no other clone's must be the applied ones. Forcing all of them into the weights is not
+    # possible with dynamic VRAM, so those that wait are applied one weight at a time, as ComfyUI does when it saves.
+    comfy.model_management.load_models_gpu([patcher])
+    state: Mapping[str, torch.Tensor] = patcher.model_state_dict_for_saving(network, "diffusion_model.")
     # Original files call them scale; ComfyUI renames them on loading.
     return {n.replace("_norm.weight", "_norm.scale"): t for n, t in state.items()}
+
+
+def in_host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The value of one of `native_weights`, patched. It may share memory with the model."""
+    # Of a weight with patches waiting, .to is the only method that applies them, and it ignores the device.
+    return tensor.to("cpu").detach().cpu()

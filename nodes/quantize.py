@@ -102,6 +102,7 @@ class Quantize(io.ComfyNode):
         from . import quantizing
         from .calibrate import Sampling
 
+        quantizing.check_inputs(clip, positive, negative, cfg)
         path = quantizing.target_path(filename)
         config = quantizing.calibrated_config(method, rank, int(activation_bits), seed)
         conditionings = quantizing.conditionings(clip, positive, prompts, samples)

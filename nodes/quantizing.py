@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 
 from ..dirotq_core.config import DiRotQConfig
@@ -20,8 +20,8 @@ from ..dirotq_core.report import QuantizationReport
 from ..dirotq_core.single_file import NativeCheckpoint, fusions, infer_config, write_native
 from ..dirotq_core.solve import SolvedSite, solve_site
 from .calibrate import Sampling, calibrated_sites
-from .choices import FOLDER
-from .model import make_model, make_settings, native_weights
+from .folders import checkpoint_root
+from .model import in_host_memory, make_model, make_settings, native_weights
 
 
 def native_plans(shapes: Mapping[str, tuple[int, ...]], config: DiRotQConfig) -> tuple[dict[str, Any], list[SitePlan]]:
@@ -68,8 +68,9 @@ def assemble(
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+    tensor = in_host_memory(tensor)
+    # A copy, because the dense model goes on living with memory of its own.
+    return tensor.to(torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype, copy=True)
 
 
 def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) -> tuple[Any, str]:
@@ -78,12 +79,13 @@ def quantize_calibrated(sampling: Sampling, config: DiRotQConfig, path: Path) ->
     Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
     """
     model = sampling.model
-    weights = native_weights(model)
-    description, plans = native_plans({n: tuple(t.shape) for n, t in weights.items()}, config)
+    shapes = {n: tuple(t.shape) for n, t in native_weights(model).items()}
+    description, plans = native_plans(shapes, config)
     solved = calibrated_sites(sampling, plans, config)
-    checkpoint = assemble(weights, solved, plans, config, description)
-    write_native(path, checkpoint.tensors, checkpoint.config)
+    checkpoint = assemble(native_weights(model), solved, plans, config, description)
     rows = [row for site in solved.values() for row in site.reports]
+    measured = {r.name: r.output_db for r in rows if r.output_db is not None and math.isfinite(r.output_db)}
+    write_native(path, checkpoint.tensors, checkpoint.config, measured)
     report = QuantizationReport(config.method, config.activation_bits or 4, rows)
     return put_on(model, checkpoint), report_text(report, path)
 
@@ -98,7 +100,9 @@ def quantize_instantly(model: Any, bits: int) -> Any:
     solved = {}
     for plan in plans:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        solved[plan.owner] = solve_site(plan, config, [weights[f"{plan.owner}.weight"].to(device)], None)
+        solved[plan.owner] = solve_site(
+            plan, config, [in_host_memory(weights[f"{plan.owner}.weight"]).to(device)], None
+        )
         bar.update(1)
     return put_on(model, assemble(weights, solved, plans, config, description))
 
@@ -113,10 +117,10 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
 
 
 def target_path(filename: str) -> Path:
-    root = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    root = checkpoint_root().resolve()
     name = filename.strip().removesuffix(".safetensors")
     path = (root / f"{name}.safetensors").resolve()
-    if not name or root not in path.parents:
+    if not name or path.stem.startswith(".") or root not in path.parents:
         raise ValueError(f"filename must be a name below {root}, got {filename!r}")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another filename")
@@ -128,12 +132,18 @@ def calibrated_config(method: str, rank: int, bits: int, seed: int) -> DiRotQCon
     return DiRotQConfig(method=method, rank=own, activation_bits=bits, seed=seed).resolved(calibrated=True)
 
 
+def check_inputs(clip: Any, positive: Any, negative: Any, cfg: float) -> None:
+    """Raise ValueError before any work if an input is missing."""
+    if positive is None and clip is None:
+        raise ValueError("connect clip (it encodes the prompts) or positive")
+    if cfg != 1.0 and negative is None:
+        raise ValueError(f"cfg is {cfg:g}; connect negative, or set cfg to 1")
+
+
 def conditionings(clip: Any, positive: Any, prompts: str, samples: int) -> list[Any]:
-    """One positive conditioning per image; encoded once, kept in host memory."""
+    """One positive conditioning per image; encoded once."""
     if positive is not None:
         return [positive]
-    if clip is None:
-        raise ValueError("connect clip (it encodes the prompts) or positive")
     lines = [line.strip() for line in prompts.splitlines() if line.strip()] or read_prompts(BUILT_IN_PROMPTS)
     bar = comfy.utils.ProgressBar(min(samples, len(lines)))
     out = []
