@@ -23,6 +23,8 @@ from .model import in_host_memory, native_weights
 
 #: Share of free memory that second moments of one pass may take.
 MEMORY_SHARE = 0.5
+#: Matrices [K, K] in float64 that solving a site takes at a time, roughly.
+SOLVER_MATRICES = 5
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,8 @@ def _solve(
     model: Any, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, bar: Any
 ) -> dict[str, SolvedSite]:
     device = comfy.model_management.get_torch_device()
-    weights = native_weights(model)
+    widest = max((p.in_features for p in plans if p.transform is not None), default=0)
+    weights = native_weights(model, SOLVER_MATRICES * 8 * widest**2)
     held_out, solved = calibration.held_out, {}
     for plan in plans:
         comfy.model_management.throw_exception_if_processing_interrupted()

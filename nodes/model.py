@@ -80,10 +80,10 @@ def _parameters(checkpoint: NativeCheckpoint) -> int:
     return sum(t.numel() * (2 if name in packed else 1) for name, t in checkpoint.tensors.items())
 
 
-def native_weights(patcher: Any) -> dict[str, torch.Tensor]:
+def native_weights(patcher: Any, memory_required: float = 0) -> dict[str, torch.Tensor]:
     """Weights of a dense MODEL by native name; `in_host_memory` gives the values, LoRAs and other patches included.
 
-    Good until something else is loaded or sampled.
+    Good until something else is loaded or sampled. memory_required: bytes on the GPU that are to stay free for work.
 
     Raises ValueError if a weight is quantized already.
     """
@@ -96,7 +96,7 @@ def native_weights(patcher: Any) -> dict[str, torch.Tensor]:
             )
     # This patcher's patches and no other clone's must be the applied ones. Forcing all of them into the weights is not
     # possible with dynamic VRAM, so those that wait are applied one weight at a time, as ComfyUI does when it saves.
-    comfy.model_management.load_models_gpu([patcher])
+    comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
     state: Mapping[str, torch.Tensor] = patcher.model_state_dict_for_saving(network, "diffusion_model.")
     # Original files call them scale; ComfyUI renames them on loading.
     return {n.replace("_norm.weight", "_norm.scale"): t for n, t in state.items()}

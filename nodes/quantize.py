@@ -43,7 +43,10 @@ class Quantize(io.ComfyNode):
                     min=0,
                     max=1024,
                     step=64,
-                    tooltip="Width of the subspace that stays 16 bit. More is closer to the original, and larger.",
+                    tooltip=(
+                        "Width of the subspace that stays 16 bit, for method dirotq. More is closer to the original, "
+                        "and larger."
+                    ),
                 ),
                 io.Combo.Input(
                     "activation_bits",

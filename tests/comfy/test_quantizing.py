@@ -118,3 +118,11 @@ def test_a_quantized_model_is_not_quantized_again(client):
     prompt = quantize("twice") | {"dense": graphs.four_bit(models.FLUX_4BIT)}
     with pytest.raises(GraphError, match="this MODEL is quantized already"):
         client.run(prompt)
+
+
+@pytest.mark.parametrize("method", ["paper", "svdquant"])
+def test_other_methods(client, folder, method):
+    prompt = quantize(f"methods/{method}", method=method, activation_bits="4", samples=1, steps=1)
+    returned = graphs.saved_latent(client, client.run(prompt))
+    loaded = graphs.saved_latent(client, client.run(graphs.sampled(graphs.four_bit(f"methods/{method}.safetensors"))))
+    assert torch.equal(returned, loaded) and torch.isfinite(loaded).all()

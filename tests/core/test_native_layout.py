@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 
 import dirotq
 from dirotq.dirotq_core.checkpoint import CheckpointError
+from dirotq.dirotq_core.inspect import inspect_checkpoint
 from dirotq.dirotq_core.single_file import (
     from_native,
     fusions,
     infer_config,
+    inspect_native,
     read_native,
     to_native,
     write_native,
@@ -204,3 +206,29 @@ def test_neither_flux_nor_pixart():
     shapes = {"double_blocks.0.img_attn.qkv.weight": (9, 3), "double_blocks.0.img_mod.lin.weight": (9, 3)}
     with pytest.raises(ValueError, match=r"not FLUX\.1"):
         infer_config(shapes)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_inspecting_a_file_counts_what_the_folder_has(folders, family, tmp_path):
+    native = read_native(folders[family])
+    name = next(iter(native.plans))
+    file = tmp_path / "model.safetensors"
+    write_native(file, native.tensors, native.config, {name: 21.456})
+    found, folder = inspect_native(file), inspect_checkpoint(folders[family])
+    assert (found.total_bytes, found.parameters) == (folder.total_bytes, folder.parameters)
+    assert sum(r.bytes for r in found.rows) == pytest.approx(sum(r.bytes for r in folder.rows))
+    assert {r.scheme for r in found.rows} == {r.scheme for r in folder.rows}
+    assert {r.name: r.output_db for r in found.rows if r.output_db is not None} == {name: 21.46}
+
+
+def test_inspecting_a_wrong_file(folders, tmp_path):
+    native = read_native(folders["flux"])
+    config = {"dirotq": json.dumps(native.config)}
+    broken = tmp_path / "report.safetensors"
+    save_file(native.tensors, broken, config | {"dirotq_report": "[1]"})
+    with pytest.raises(CheckpointError, match="report in its header is no JSON object of numbers"):
+        inspect_native(broken)
+    lacking = tmp_path / "lacking.safetensors"
+    save_file({n: t for n, t in native.tensors.items() if n != "img_in.bias"}, lacking, config)
+    with pytest.raises(CheckpointError, match=r"lacking\.safetensors: .*x_embedder.bias"):
+        inspect_native(lacking)
