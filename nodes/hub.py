@@ -131,7 +131,7 @@ def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], t
         progress.file_done(size)
         if name.endswith("config.json"):
             _check_method(target / name, repo_id)
-    record = Record(repo_id, revision, commit, dict(files))
+    record = Record(repo_id, revision, commit, {name: (target / name).stat().st_size for name in files})
     write_record(target, record)
     return record
 
