@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .checkpoint import CheckpointError, checkpoint_tensors
 from .config import DiRotQConfig
 from .files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
@@ -76,7 +74,13 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: nothing is there, it is not a DiRotQ checkpoint, or its files do not fit its configuration.
     """
-    file, folder, raw, entries = _read_single_file(Path(path)) if Path(path).is_file() else _read_folder(path)
+    if Path(path).is_file():
+        from .single_file.inspect import inspect_native
+
+        return inspect_native(path)
+    folder = find_transformer(path)
+    file = folder / "config.json"
+    raw = read_json(file)
     quantization = raw.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{file}: quantization_config must be a JSON object, got {quantization!r}")
@@ -91,37 +95,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         plans = plan_sites(model, config)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    entries = read_headers(checkpoint_files(folder))
     check_headers(entries, checkpoint_tensors(model, plans))
-    report = _report(folder) if folder.is_dir() else None
+    report = _report(folder)
     known = {r.name: r.output_db for r in report.linears} if report else {}
     rows = [row for plan in plans for row in _rows(plan, config, entries, known)]
     parameters = sum(p.numel() for p in model.parameters())
     total = sum(e.bytes for e in entries.values())
     return Inspection(folder, raw["_class_name"], config, rows, total, parameters)
-
-
-Found = tuple[Path, Path, dict[str, Any], Mapping[str, TensorEntry]]
-
-
-def _read_folder(path: str | Path) -> Found:
-    folder = find_transformer(path)
-    return folder / "config.json", folder, read_json(folder / "config.json"), read_headers(checkpoint_files(folder))
-
-
-def _read_single_file(path: Path) -> Found:
-    """Entries under diffusers' names, which have the bytes of a part but not its place."""
-    from .single_file.convert import from_native
-    from .single_file.read import header_config
-
-    raw = header_config(path)
-    found = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in read_headers([path]).items()}
-    try:
-        parts = from_native(found, raw)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return path, path, raw, {n: TensorEntry(path, t.dtype, tuple(t.shape), 0, t.nbytes) for n, t in parts.items()}
 
 
 def _report(folder: Path) -> QuantizationReport | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.model_management
 import comfy.utils
 import torch
 from comfy.patcher_extension import PatcherInjection
@@ -65,10 +64,9 @@ class _Injection:
         self.key = object()
 
     def inject(self, patcher: Any) -> None:
-        device = comfy.model_management.get_torch_device()
         for name, branches in self.branches.items():
             module: DiRotQLinear = comfy.utils.get_attr(patcher.model, name)
-            module.side_loras[self.key] = [b.to(device) for b in branches]
+            module.side_loras[self.key] = [b.to(patcher.load_device) for b in branches]
 
     def eject(self, patcher: Any) -> None:
         for name in self.branches:

@@ -23,6 +23,8 @@ from .source import SourceWeights
 
 #: Share of free memory that second moments of one pass may take.
 MEMORY_SHARE = 0.5
+#: Matrices [K, K] in float64 that solving a site takes at a time, roughly.
+SOLVER_MATRICES = 5
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +66,9 @@ def calibrated_sites(
     in several passes over the same images.
 
     Raises:
-        ValueError: negative conditioning is missing while cfg is not 1, or a site saw no token.
+        ValueError: a site saw no token.
         InterruptProcessingException: ComfyUI's interrupt, at the next step or site.
     """
-    if sampling.cfg != 1.0 and sampling.negative is None:
-        raise ValueError(f"cfg is {sampling.cfg:g}; connect negative, or set cfg to 1")
     passes = list(_passes(plans))
     if len(passes) > 1:
         logger.info("second moments of all sites do not fit into memory; calibrating in %d passes", len(passes))
@@ -119,6 +119,9 @@ def _solve(
     weights: SourceWeights, plans: list[SitePlan], config: DiRotQConfig, calibration: Calibration, progress: Progress
 ) -> dict[str, SolvedSite]:
     device = comfy.model_management.get_torch_device()
+    widest = max((p.in_features for p in plans if p.transform is not None), default=0)
+    if device.type != "cpu":
+        comfy.model_management.free_memory(SOLVER_MATRICES * 8 * widest**2, device)
     held_out, solved = calibration.held_out, {}
     for plan in plans:
         moment = calibration.moments.pop(plan.owner)  # freed as the sites are done

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,64 +13,174 @@ import comfy.model_management
 import comfy.utils
 from tqdm.auto import tqdm
 
-#: What a quantized transformer consists of, in either layout.
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "model_index.json", "*.dirotq.json"]
-OTHER_PARTS = ["text_encoder*", "tokenizer*", "vae*", "image_encoder*", "feature_extractor*", "scheduler*"]
+from ..dirotq_core.checkpoint import CheckpointError
+from ..dirotq_core.files import read_json
+from .hub_folder import Record, folder_of, read_record, write_record
+
+#: Files of a transformer beside its weights.
+_JSON = ("config.json", "diffusion_pytorch_model.safetensors.index.json", "dirotq_report.json")
+#: Files beside the folder of a pipeline's transformer.
+_PIPELINE = ("model_index.json", "dirotq_report.json")
+#: Seconds until the Hub counts as unreachable.
+_TIMEOUT = 20
+
+logger = logging.getLogger(__name__)
 
 
 def download(repo_id: str, revision: str, into: Path) -> Path:
-    """Bring the transformer of `repo_id` below `into` and return its folder; what is there is not fetched again.
+    """Bring the checkpoint of `repo_id` below `into`; its folder, or its file if it is a single one.
+
+    What is there is not fetched again. If the Hub does not answer as it should, a complete folder is used as it is,
+    with a warning in the log.
 
     Raises:
-        ValueError: the id is no "owner/name", or the Hub does not have it, refuses it, or cannot be reached and the
-            folder is not complete; one sentence each.
+        ValueError: the id is no "owner/name", the Hub does not have it, refuses it or cannot be reached, or it holds
+            no DiRotQ checkpoint; one sentence each.
+        InterruptProcessingException: ComfyUI's interrupt. Files that are complete by then are not fetched again.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    target = into / f"{repo_id.replace('/', '--')}@{revision.replace('/', '--')}"
-    where = f"{repo_id!r} at revision {revision!r}"
-    patterns = PATTERNS + [f"transformer/{p}" for p in PATTERNS]
-    ignored = [f"{p}/*" for p in OTHER_PARTS]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"{repo_id!r} is no Hub id; it must look like 'owner/name'")
+    if not re.fullmatch(r"[\w./+-]+", revision):
+        raise ValueError(f"{revision!r} is no revision; give the name of a branch or tag, or a commit")
+    target = folder_of(repo_id, revision, into)
+    record = read_record(target)
     try:
-        snapshot_download(
-            repo_id, revision=revision, local_dir=target, allow_patterns=patterns, ignore_patterns=ignored,
-            tqdm_class=_Progress,
-        )  # fmt: skip
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no Hub id; it must look like 'owner/name'") from error
-    except GatedRepoError as error:
-        raise ValueError(f"{where} is gated: accept its licence on the Hub and log in with `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"the Hub has {repo_id!r}, but no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"the Hub has no {repo_id!r}, or it is private and you are not logged in") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"could not download {where}: {error}") from error
-    if not any(target.rglob("*.safetensors")):
-        raise ValueError(f"{where} has no safetensors file of a transformer")
-    files = [f for f in target.glob("*.safetensors") if not (target / "config.json").exists()]
-    return files[0] if len(files) == 1 and not (target / "transformer").exists() else target
+        commit, files = _listing(repo_id, revision)
+        if record is None or record.commit != commit:
+            record = _fetch(repo_id, revision, commit, files, target)
+    except _Unavailable as error:
+        record = read_record(target)  # none where the folder is between two commits
+        if record is None:
+            raise ValueError(str(error)) from error.__cause__
+        logger.warning("%s; using commit %s of it in %s", error, record.commit[:12], target)
+    single = [f for f in record.files if f.endswith(".safetensors")]
+    return target if any(f.endswith("config.json") for f in record.files) else target / single[0]
 
 
-class _Progress(tqdm):
-    """The console's bar, shown on the node as well; every tick also notices an interrupt."""
+class _Unavailable(Exception):
+    """One sentence on why the Hub did not give what it was asked for."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.pop("name", None)
-        super().__init__(*args, **kwargs)
-        self._bar = comfy.utils.ProgressBar(100)
 
-    def update(self, n: float | None = 1) -> bool | None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        shown = super().update(n)
-        if self.total:
-            self._bar.update_absolute(int(100 * self.n / self.total))
-        return shown
+def _errors() -> tuple[type[Exception], ...]:
+    """What a request to the Hub raises. The HTTP library differs between versions of huggingface_hub."""
+    from huggingface_hub import errors
+
+    return (errors.HfHubHTTPError, *errors.HfHubHTTPError.__bases__, errors.HFValidationError)
+
+
+def _sentence(error: Exception, repo_id: str, revision: str) -> str:
+    from huggingface_hub import errors
+
+    where = f"{repo_id!r} at revision {revision!r}"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo_id!r} is no Hub id; it must look like 'owner/name'"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo_id!r} is gated: accept its licence on the Hub and log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the Hub has {repo_id!r}, but no revision {revision!r}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hub has no {repo_id!r}, or it is private and you are not logged in"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{where} is not downloaded, and HF_HUB_OFFLINE is set"
+    what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"the Hub answered {response.status_code} when asked for {where}"
+    if isinstance(error, (errors.HfHubHTTPError.__bases__[0], errors.LocalEntryNotFoundError)):
+        return f"could not download {where}: the Hub cannot be reached ({what})"
+    return f"could not download {where}: {what}"  # a full disk, for one
+
+
+def _listing(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
+    """The commit of `revision`, and the files to fetch with their sizes in bytes, small ones first."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    except _errors() as error:
+        raise _Unavailable(_sentence(error, repo_id, revision)) from error
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    names = _wanted(sizes, f"{repo_id!r} at revision {revision!r}")
+    return str(info.sha), {name: sizes[name] for name in sorted(names, key=sizes.__getitem__)}
+
+
+def _wanted(files: Mapping[str, int], where: str) -> list[str]:
+    for prefix in ("transformer/", ""):
+        if prefix + "config.json" in files:
+            weights = [f for f in files if re.fullmatch(re.escape(prefix) + r"[^/]+\.safetensors", f)]
+            beside = _PIPELINE if prefix and "model_index.json" in files else ()
+            return weights + [f for f in [*(prefix + j for j in _JSON), *beside] if f in files]
+    single = [f for f in files if "/" not in f and f.endswith(".safetensors")]
+    if len(single) != 1:
+        found = f"several single files ({', '.join(sorted(single))})" if single else "no config.json and no single file"
+        raise ValueError(f"{where} has {found}; a repository must hold one DiRotQ checkpoint")
+    return single
+
+
+def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], target: Path) -> Record:
+    """Download `files`. Until all are there the folder has no record."""
+    from huggingface_hub import hf_hub_download
+
+    write_record(target, None)
+    progress = _Progress(sum(files.values()))
+    for name, size in files.items():
+        try:
+            hf_hub_download(repo_id, name, revision=commit, local_dir=target, tqdm_class=progress.of_a_file())
+        except _errors() as error:
+            raise _Unavailable(_sentence(error, repo_id, revision)) from error
+        progress.file_done(size)
+        if name.endswith("config.json"):
+            _check_method(target / name, repo_id)
+    record = Record(repo_id, revision, commit, {name: (target / name).stat().st_size for name in files})
+    write_record(target, record)
+    return record
+
+
+def _check_method(config: Path, repo_id: str) -> None:
+    """Raise CheckpointError before the weights of another model are fetched."""
+    quantization = read_json(config).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "dirotq":
+        raise CheckpointError(
+            f"{repo_id!r} is not a DiRotQ checkpoint: its config.json has "
+            + (f"quant_method {method!r}" if method else "no quantization_config of dirotq")
+        )
+
+
+class _Progress:
+    """One bar on the node over the bytes of several files."""
+
+    def __init__(self, total: int):
+        self._bar = comfy.utils.ProgressBar(max(total, 1))
+        self._before = 0
+        self._thread = threading.get_ident()
+
+    def file_done(self, size: int) -> None:
+        self._before += size
+        self._show(0)
+
+    def _show(self, done: int) -> None:
+        """done: bytes of the present file. Notices an interrupt, in the thread of the node."""
+        # In another thread, which Xet has, the exception would be lost and the interrupt forgotten.
+        if threading.get_ident() == self._thread:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        elif comfy.model_management.processing_interrupted():
+            return
+        self._bar.update_absolute(max(self._bar.current, self._before + done))
+
+    def of_a_file(self) -> type[tqdm]:
+        """The class of the console's bar, which tells this one."""
+        progress = self
+
+        class Bar(tqdm):
+            def __init__(self, *args: Any, **kwargs: Any):
+                kwargs.pop("name", None)
+                super().__init__(*args, **kwargs)
+                self._done = kwargs.get("initial") or 0  # tqdm's own count stands still where it is disabled
+
+            def update(self, n: float | None = 1) -> bool | None:
+                self._done += n or 0
+                progress._show(int(self._done))
+                return super().update(n)
+
+        return Bar

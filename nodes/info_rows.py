@@ -87,8 +87,9 @@ def of_checkpoint(path: Path) -> Summary:
     Raises ValueError (CheckpointError) for anything that is no DiRotQ checkpoint.
     """
     from ..dirotq_core.inspect import inspect_checkpoint
+    from ..dirotq_core.single_file import inspect_native
 
-    found = inspect_checkpoint(path)
+    found = inspect_native(path) if path.is_file() else inspect_checkpoint(path)
     rows = [Row(r.name, r.out_features, r.in_features, r.scheme, r.bytes, r.output_db) for r in found.rows]
     title = f"{found.model_class}, method {found.config.method}, {found.config.activation_bits}-bit activations"
     return Summary(title, rows, found.total_bytes, found.parameters)

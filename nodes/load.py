@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .choices import ACTIVATION_BITS, BACKENDS, FOLDER, LORA_MODES
+from .folders import checkpoint_root
 
 NONE = "(none)"
 _DEPTH = 4
@@ -60,8 +61,15 @@ def locate(name: str) -> Path:
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+    """Times and sizes of the checkpoint's files. JSON and weights, because beside them downloads leave notes."""
+    files = [f for kind in ("*.json", "*.safetensors") for f in path.rglob(kind)] if path.is_dir() else [path]
+    files = [f for f in files if f.is_file()]
+    visible = [f for f in sorted(files) if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+    return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in visible]
+
+
+def _revision(text: str) -> str:
+    return text.strip() or "main"
 
 
 class LoadModel(io.ComfyNode):
@@ -123,9 +131,11 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, repo_id: str, revision: str, **_: str) -> object:
-        if repo_id.strip():
-            return (repo_id, revision)
+        from .hub_folder import folder_of
+
         try:
+            if repo_id.strip():
+                return repo_id, revision, _stamp(folder_of(repo_id.strip(), _revision(revision), checkpoint_root()))
             return _stamp(locate(model_name))
         except OSError:  # execute says what is wrong
             return model_name
@@ -139,8 +149,7 @@ class LoadModel(io.ComfyNode):
         from .model import make_model, make_settings
 
         if repo_id.strip():
-            into = Path(folder_paths.get_folder_paths(FOLDER)[0])
-            path = download(repo_id.strip(), revision.strip() or "main", into)
+            path = download(repo_id.strip(), _revision(revision), checkpoint_root())
         elif model_name == NONE:
             raise ValueError("choose a model_name or give a repo_id")
         else:

@@ -43,7 +43,10 @@ class Quantize(io.ComfyNode):
                     min=0,
                     max=1024,
                     step=64,
-                    tooltip="Width of the subspace that stays 16 bit. More is closer to the original, and larger.",
+                    tooltip=(
+                        "Width of the subspace that stays 16 bit, for method dirotq. More is closer to the original, "
+                        "and larger."
+                    ),
                 ),
                 io.Combo.Input(
                     "activation_bits",
@@ -103,6 +106,7 @@ class Quantize(io.ComfyNode):
         from . import quantizing
         from .calibrate import Sampling
 
+        quantizing.check_inputs(clip, positive, negative, cfg)
         path = quantizing.target_path(filename)
         config = quantizing.calibrated_config(method, rank, int(activation_bits), seed)
         conditionings = quantizing.conditionings(clip, positive, prompts, samples, cls.hidden.unique_id)

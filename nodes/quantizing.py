@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import folder_paths
 import torch
 
 from ..dirotq_core.config import DiRotQConfig
@@ -19,7 +19,7 @@ from ..dirotq_core.report import QuantizationReport
 from ..dirotq_core.single_file import NativeCheckpoint, fusions, infer_config, write_native
 from ..dirotq_core.solve import SolvedSite, solve_site
 from .calibrate import Sampling, calibrated_sites
-from .choices import FOLDER
+from .folders import checkpoint_root
 from .model import make_model, make_settings
 from .progress import Progress
 from .source import SourceWeights
@@ -69,8 +69,9 @@ def assemble(
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+    tensor = tensor.cpu()
+    # A copy, because the dense model goes on living with memory of its own.
+    return tensor.to(torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype, copy=True)
 
 
 def quantize_calibrated(
@@ -85,8 +86,9 @@ def quantize_calibrated(
     description, plans = native_plans(weights.shapes, config)
     solved = calibrated_sites(sampling, weights, plans, config, node_id)
     checkpoint = assemble(weights, solved, plans, config, description)
-    write_native(path, checkpoint.tensors, checkpoint.config)
     rows = [row for site in solved.values() for row in site.reports]
+    measured = {r.name: r.output_db for r in rows if r.output_db is not None and math.isfinite(r.output_db)}
+    write_native(path, checkpoint.tensors, checkpoint.config, measured)
     report = QuantizationReport(config.method, config.activation_bits or 4, rows)
     return put_on(model, checkpoint), report_text(report, path)
 
@@ -115,10 +117,10 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
 
 
 def target_path(filename: str) -> Path:
-    root = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    root = checkpoint_root().resolve()
     name = filename.strip().removesuffix(".safetensors")
     path = (root / f"{name}.safetensors").resolve()
-    if not name or root not in path.parents:
+    if not name or path.stem.startswith(".") or root not in path.parents:
         raise ValueError(f"filename must be a name below {root}, got {filename!r}")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another filename")
@@ -130,12 +132,18 @@ def calibrated_config(method: str, rank: int, bits: int, seed: int) -> DiRotQCon
     return DiRotQConfig(method=method, rank=own, activation_bits=bits, seed=seed).resolved(calibrated=True)
 
 
+def check_inputs(clip: Any, positive: Any, negative: Any, cfg: float) -> None:
+    """Raise ValueError before any work if an input is missing."""
+    if positive is None and clip is None:
+        raise ValueError("connect clip (it encodes the prompts) or positive")
+    if cfg != 1.0 and negative is None:
+        raise ValueError(f"cfg is {cfg:g}; connect negative, or set cfg to 1")
+
+
 def conditionings(clip: Any, positive: Any, prompts: str, samples: int, node_id: str | None = None) -> list[Any]:
     """One positive conditioning per image; encoded once, kept in host memory."""
     if positive is not None:
         return [positive]
-    if clip is None:
-        raise ValueError("connect clip (it encodes the prompts) or positive")
     lines = [line.strip() for line in prompts.splitlines() if line.strip()] or read_prompts(BUILT_IN_PROMPTS)
     lines = lines[:samples]
     out = []

@@ -7,6 +7,7 @@ from one layout to the other and back without loss.
 from .convert import from_native, to_native
 from .folder import convert
 from .infer import infer_config
+from .inspect import inspect_native
 from .names import NATIVE, Fusion, fusions
 from .read import NativeCheckpoint, read_native
 from .write import write_native
@@ -19,6 +20,7 @@ __all__ = [
     "from_native",
     "fusions",
     "infer_config",
+    "inspect_native",
     "read_native",
     "to_native",
     "write_native",

@@ -48,22 +48,33 @@ def read_native(path: str | Path) -> NativeCheckpoint:
         config = read_json(folder / "config.json")
         files = checkpoint_files(folder)
     else:
-        config, files = header_config(path), [path]
-    quantization, plans, model = _layout(config, path)
+        config, files = read_config(path), [path]
+    quantization, plans, model = read_layout(config, path)
     read_headers(files)  # extents and dtypes, before anything is mapped
     tensors = _tensors(files)
-    diffusers = tensors if path.is_dir() else from_native(tensors, config)
-    spec = checkpoint_tensors(model, plans)
-    check_names(diffusers, spec)
-    for name, tensor in diffusers.items():
-        check_tensor(name, tensor, *spec[name])
-    native = to_native(diffusers, config) if path.is_dir() else tensors
+    try:
+        diffusers = tensors if path.is_dir() else from_native(tensors, config)
+        spec = checkpoint_tensors(model, plans)
+        check_names(diffusers, spec)
+        for name, tensor in diffusers.items():
+            check_tensor(name, tensor, *spec[name])
+        native = to_native(diffusers, config) if path.is_dir() else tensors
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return NativeCheckpoint(native, native_plans(config, plans), quantization, config)
+
+
+def native_plans(config: Mapping[str, Any], plans: list[SitePlan]) -> dict[str, SitePlan]:
+    """Native linear → its site in the diffusers model of `config`, for the quantized ones."""
     owners = {n: plan for plan in plans for n in plan.linears}
-    by_native = {f.native: owners[f.parts[0]] for f in fusions(config) if f.parts[0] in owners}
-    return NativeCheckpoint(native, by_native, quantization, config)
+    return {f.native: owners[f.parts[0]] for f in fusions(config) if f.parts[0] in owners}
 
 
-def _layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, list[SitePlan], torch.nn.Module]:
+def read_layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, list[SitePlan], torch.nn.Module]:
+    """Of a config.json: resolved quantization, sites, and the dense model on the meta device.
+
+    Raises CheckpointError, which names `path`, if it is not a DiRotQ checkpoint's.
+    """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "dirotq":
         what = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -79,23 +90,29 @@ def _layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, list[S
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def header_config(path: Path) -> dict[str, Any]:
-    """The transformer's config.json in a single file's header; CheckpointError says what else the file is."""
+def read_metadata(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Metadata and tensor names in the header of a single file. CheckpointError says what it is if it has none."""
     with path.open("rb") as f:
-        magic = f.read(8)
-    if magic[:4] == b"GGUF":
+        start = f.read(9)
+    if start[:4] == b"GGUF":
         raise CheckpointError(f"{path} is a GGUF file, not a DiRotQ checkpoint")
-    if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+    # safetensors begins with a length of eight bytes, which may be any, and the brace of its header.
+    pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+    if pickled and start[8:] != b"{":
         raise CheckpointError(f"{path} is a pickle, which is never opened; DiRotQ checkpoints are .safetensors files")
     try:
         with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            names = list(f.keys())
+            return f.metadata() or {}, list(f.keys())
     except SafetensorError as error:
         read_headers([path])  # its message names what is wrong, where it finds it
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json in the header of a single file. CheckpointError says what the file is instead."""
+    metadata, names = read_metadata(path)
     if METADATA_KEY not in metadata:
-        raise CheckpointError(f"{path} is not a DiRotQ checkpoint, {_guess(names)}; use 'Load Diffusion Model' for it")
+        raise CheckpointError(f"{path} is not a DiRotQ checkpoint, but {_guess(names)}")
     try:
         config = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
@@ -106,9 +123,11 @@ def header_config(path: Path) -> dict[str, Any]:
 
 
 def _guess(names: list[str]) -> str:
-    if any(n.endswith((".weight_scale", ".comfy_quant", ".scale_weight")) for n in names):
-        return "but a model quantized in another way"
-    return "but a model that is not quantized"
+    if any(".input_site." in n for n in names):
+        return "tensors of one without their configuration; it is in the original file's header or in config.json"
+    if any(n.endswith((".weight_scale", ".comfy_quant", ".scale_weight", "scaled_fp8", ".qweight")) for n in names):
+        return "a model quantized in another way; use the loader that is made for it, such as 'Load Diffusion Model'"
+    return "a model that is not quantized; use 'Load Diffusion Model' for it"
 
 
 def _tensors(files: list[Path]) -> dict[str, torch.Tensor]:

@@ -13,10 +13,17 @@ from safetensors.torch import save_file
 
 #: Key of the header's metadata under which the transformer's config.json stands.
 METADATA_KEY = "dirotq"
+#: The key of what was measured when the file was made: native linear → SQNR in dB of its outputs.
+REPORT_KEY = "dirotq_report"
 
 
-def write_native(path: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+def write_native(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any],
+    output_db: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
     """Write native tensors and the transformer's config.json to `path`; the file appears only when it is complete.
+
+    output_db: native linear → SQNR in dB of its outputs, where it was measured; for who reads the file later.
 
     Raises:
         FileExistsError: `path` exists.
@@ -33,6 +40,8 @@ def write_native(path: str | Path, tensors: Mapping[str, torch.Tensor], config: 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         metadata = {METADATA_KEY: json.dumps(config, sort_keys=True), "format": "pt"}
+        if output_db:
+            metadata[REPORT_KEY] = json.dumps({name: round(db, 2) for name, db in output_db.items()}, sort_keys=True)
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
         os.replace(partial, path)
     finally:

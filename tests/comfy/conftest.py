@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import models
+from .hub import Hub
 from .server import PACK, ROOT, Server
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
@@ -37,11 +38,22 @@ def checkout():
 
 
 @pytest.fixture(scope="session")
-def server(checkout, tmp_path_factory):
+def hub():
+    """What the server takes for the Hugging Face Hub; it runs while a test enters it."""
+    hub = Hub()
+    with hub:  # a port of its own
+        pass
+    return hub
+
+
+@pytest.fixture(scope="session")
+def server(checkout, hub, tmp_path_factory):
     """ComfyUI with our pack, the stand-ins and the small models."""
     base = tmp_path_factory.mktemp("comfyui")
     models.make_all(base / "models")
-    with Server(checkout, base, {PACK: ROOT, "stand_ins": Path(__file__).parent / "stand_ins"}) as running:
+    packs = {PACK: ROOT, "stand_ins": Path(__file__).parent / "stand_ins"}
+    env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(base / "hf")}
+    with Server(checkout, base, packs, env) as running:
         yield running
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -59,9 +60,29 @@ class Client:
     def object_info(self) -> dict[str, Any]:
         return self.get("/object_info")
 
-    def queue(self, prompt: Mapping[str, Any]) -> str:
+    def queue(self, prompt: Mapping[str, Any], client_id: str | None = None) -> str:
         """Queue an API-format prompt; its id. GraphError if validation fails."""
-        return self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+        return self.post("/prompt", {"prompt": prompt, "client_id": client_id or uuid.uuid4().hex})["prompt_id"]
+
+    def progress(self, prompt: Mapping[str, Any], timeout: float = 120) -> list[tuple[str, int, int]]:
+        """Run a prompt; (node, value, maximum) of every progress message that a browser would have got meanwhile."""
+        return asyncio.run(asyncio.wait_for(self._progress(prompt), timeout))
+
+    async def _progress(self, prompt: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+        import aiohttp
+
+        client_id, seen = uuid.uuid4().hex, []
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={client_id}") as ws:
+            number = await asyncio.to_thread(self.queue, prompt, client_id)
+            async for message in ws:
+                body = json.loads(message.data) if message.type == aiohttp.WSMsgType.TEXT else {}
+                data = body.get("data", {})
+                if body.get("type") == "progress":
+                    seen.append((data["node"], data["value"], data["max"]))
+                if body.get("type") == "executing" and data["node"] is None and data["prompt_id"] == number:
+                    break
+        await asyncio.to_thread(self.wait, number)
+        return seen
 
     def wait(self, prompt_id: str, timeout: float = 120) -> dict[str, Any]:
         """Node id → outputs of a queued prompt. GraphError if a node failed or was interrupted."""

@@ -18,6 +18,7 @@ from dirotq.dirotq_core.single_file import (
     from_native,
     fusions,
     infer_config,
+    inspect_native,
     read_native,
     to_native,
     write_native,
@@ -225,17 +226,36 @@ def test_convert_there_and_back(folders, family, tmp_path):
         convert(one, tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("family", ["flux", "pixart"])
-def test_inspect_reads_both_layouts(folders, family, tmp_path):
-    folder = inspect_checkpoint(folders[family])
-    file = inspect_checkpoint(convert(folders[family], tmp_path / "one.safetensors"))
-    assert (file.rows, file.total_bytes, file.parameters) == (folder.rows, folder.total_bytes, folder.parameters)
-    assert "one.safetensors" in format_table(file)
-
-
 def test_command_line_converts(folders, tmp_path, capsys):
     assert main(["convert", str(folders["flux"]), "--out", str(tmp_path / "one.safetensors")]) == 0
     assert main(["inspect", str(tmp_path / "one.safetensors"), "--limit", "1"]) == 0
     assert "W4A8" in capsys.readouterr().out
     assert main(["convert", str(tmp_path), "--out", str(tmp_path / "two.safetensors")]) == 1
     assert "holds no transformer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_inspecting_a_file_counts_what_the_folder_has(folders, family, tmp_path):
+    native = read_native(folders[family])
+    name = next(iter(native.plans))
+    file = tmp_path / "model.safetensors"
+    write_native(file, native.tensors, native.config, {name: 21.456})
+    found, folder = inspect_checkpoint(file), inspect_checkpoint(folders[family])
+    assert found == inspect_native(file) and "model.safetensors" in format_table(found)
+    assert (found.total_bytes, found.parameters) == (folder.total_bytes, folder.parameters)
+    assert sum(r.bytes for r in found.rows) == pytest.approx(sum(r.bytes for r in folder.rows))
+    assert {r.scheme for r in found.rows} == {r.scheme for r in folder.rows}
+    assert {r.name: r.output_db for r in found.rows if r.output_db is not None} == {name: 21.46}
+
+
+def test_inspecting_a_wrong_file(folders, tmp_path):
+    native = read_native(folders["flux"])
+    config = {"dirotq": json.dumps(native.config)}
+    broken = tmp_path / "report.safetensors"
+    save_file(native.tensors, broken, config | {"dirotq_report": "[1]"})
+    with pytest.raises(CheckpointError, match="report in its header is no JSON object of numbers"):
+        inspect_native(broken)
+    lacking = tmp_path / "lacking.safetensors"
+    save_file({n: t for n, t in native.tensors.items() if n != "img_in.bias"}, lacking, config)
+    with pytest.raises(CheckpointError, match=r"lacking\.safetensors: .*x_embedder.bias"):
+        inspect_native(lacking)
