@@ -145,6 +145,7 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
     import torch
 
     from .engine import EngineOptions, plan_checkpoint, quantize_checkpoint
+    from .engine.journal import work_folder
     from .inspect import format_table, inspect_checkpoint
 
     given = {
@@ -159,7 +160,10 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
         **{k: v for k, v in given.items() if v is not None},
     )  # fmt: skip
     if args.dry_run:
-        print(plan_checkpoint(args.model, config, prompts, call=call, options=options).text())
+        plan = plan_checkpoint(args.model, config, prompts, call=call, options=options)
+        print(plan.text())
+        for problem in plan.obstacles(args.out, work_folder(args.out), options):
+            print(f"{'refused':<12} {problem}")
         return
     quantize_checkpoint(args.model, args.out, config, prompts, call=call, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
