@@ -117,8 +117,9 @@ def run(args: argparse.Namespace) -> None:
         quantize_modulation=not args.no_modulation, seed=args.seed,
     )  # fmt: skip
     device = pick_device(args.device)
-    if args.data_free and args.prompts:
-        raise ValueError("--data-free and --prompts exclude each other")
+    for name in CALIBRATION_ONLY:
+        if args.data_free and getattr(args, name):
+            raise ValueError(f"--data-free and --{name.replace('_', '-')} exclude each other")
     prompts = [] if args.data_free else read_prompts(args.prompts or BUILT_IN_PROMPTS)
     config.resolved(calibrated=bool(prompts))  # complain before anything is loaded
     call = {
@@ -169,6 +170,9 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
         print(format_table(inspect_checkpoint(args.out), limit=0))
 
+
+#: Options that mean something to calibration alone; other ones of it have a default or belong to drawing.
+CALIBRATION_ONLY = ("prompts", "samples", "timesteps", "tokens_per_sample", "sequential", "parallel", "draw_batch")
 
 #: Options that mean something to the streaming engine alone.
 STREAMING_ONLY = (

@@ -157,6 +157,7 @@ def test_nowhere_to_write(capsys, source, tmp_path):
 
 def test_options_that_exclude_each_other(capsys, source, tmp_path):
     refused(capsys, source, tmp_path / "out", "--samples and --in-memory exclude", "--in-memory", "--samples", "3")
+    refused(capsys, source, tmp_path / "out", "--data-free and --parallel exclude", "--data-free", "--parallel")
 
 
 @pytest.mark.parametrize(
