@@ -91,8 +91,7 @@ def quantize_checkpoint(
         with _journal(target, wanted, world) as journal:
             if world.share(target.exists()):
                 return _already_complete(journal, target, world)
-            if world.first:
-                check_space(target, needs, journal.folder)
+            world.by_first(partial(check_space, target, needs, journal.folder))
             place_buffers(skeleton, options.device)
             run = _Run(source, skeleton, blocks, outer, config, options, journal, world, progress and world.first)
             report = run.quantize(images, call)
@@ -145,12 +144,7 @@ def plan_checkpoint(
 
 def _journal(target: Path, wanted: dict[str, Any], world: World) -> Journal:
     """The first process makes the work folder, or refuses it; the others follow."""
-    if world.first:
-        journal = Journal(target, wanted)
-        world.wait()
-        return journal
-    world.wait()
-    return Journal(target, wanted, owner=False)
+    return world.by_first(partial(Journal, target, wanted)) or Journal(target, wanted, owner=False)
 
 
 def _already_complete(journal: Journal, target: Path, world: World) -> QuantizationReport:
