@@ -117,8 +117,9 @@ def run(args: argparse.Namespace) -> None:
         quantize_modulation=not args.no_modulation, seed=args.seed,
     )  # fmt: skip
     device = pick_device(args.device)
-    if args.data_free and args.prompts:
-        raise ValueError("--data-free and --prompts exclude each other")
+    for name in CALIBRATION_ONLY:
+        if args.data_free and getattr(args, name):
+            raise ValueError(f"--data-free and --{name.replace('_', '-')} exclude each other")
     prompts = [] if args.data_free else read_prompts(args.prompts or BUILT_IN_PROMPTS)
     config.resolved(calibrated=bool(prompts))  # complain before anything is loaded
     call = {
@@ -145,6 +146,7 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
     import torch
 
     from .engine import EngineOptions, plan_checkpoint, quantize_checkpoint
+    from .engine.journal import work_folder
     from .inspect import format_table, inspect_checkpoint
 
     given = {
@@ -159,12 +161,18 @@ def _streaming(args: argparse.Namespace, config: Any, prompts: list[str], call: 
         **{k: v for k, v in given.items() if v is not None},
     )  # fmt: skip
     if args.dry_run:
-        print(plan_checkpoint(args.model, config, prompts, call=call, options=options).text())
+        plan = plan_checkpoint(args.model, config, prompts, call=call, options=options)
+        print(plan.text())
+        for problem in plan.obstacles(args.out, work_folder(args.out), options):
+            print(f"{'refused':<12} {problem}")
         return
     quantize_checkpoint(args.model, args.out, config, prompts, call=call, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
         print(format_table(inspect_checkpoint(args.out), limit=0))
 
+
+#: Options that mean something to calibration alone; other ones of it have a default or belong to drawing.
+CALIBRATION_ONLY = ("prompts", "samples", "timesteps", "tokens_per_sample", "sequential", "parallel", "draw_batch")
 
 #: Options that mean something to the streaming engine alone.
 STREAMING_ONLY = (

@@ -32,7 +32,8 @@ class QuantizationReport:
         for r in self.linears:
             if r.note:
                 by_note.setdefault(r.note, []).append(r.name)
-        return [f"{note} ({len(names)} linears, first {names[0]})" for note, names in by_note.items()]
+        count = {note: f"{len(names)} linear{'s' * (len(names) > 1)}" for note, names in by_note.items()}
+        return [f"{note} ({count[note]}, first {names[0]})" for note, names in by_note.items()]
 
     def save(self, folder: str | Path) -> Path:
         path = Path(folder) / REPORT_NAME

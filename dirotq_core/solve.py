@@ -118,9 +118,13 @@ def _reports(
     fmt = plan.format
     error = fmt.decode(rounded.codes, target.dtype) * fmt.expand(rounded.scale.to(target), target.shape[1]) - target
     moment = None if moment is None else moment.to(target)
-    note = rounded.fallback
-    if note is None and plan.quantize_input and 0 < tokens < TOKENS_PER_COLUMN * plan.in_features:
-        note = f"{tokens} calibration tokens for {plan.in_features} columns; at least {TOKENS_PER_COLUMN}× are better"
+    remarks = [rounded.fallback] if rounded.fallback else []
+    enough = TOKENS_PER_COLUMN * plan.in_features
+    if plan.quantize_input and 0 < tokens < enough:
+        remarks.append(
+            f"{tokens} calibration tokens for {plan.in_features} columns are few; at least {enough} are better"
+        )
+    note = "; ".join(remarks) or None
     reports, start = [], 0
     for name, n in zip(plan.linears, plan.out_features, strict=True):
         e, w = error[start : start + n], target[start : start + n]

@@ -7,7 +7,7 @@ process solves its share of a block's sites. One process alone is the same with 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -77,6 +77,22 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def by_first(self, make: Callable[[], T]) -> T | None:
+        """`make()`, called by the first process and returned there, None elsewhere; its error is raised in all.
+
+        Otherwise the others would report a lost connection, and not what is wrong.
+        """
+        made, problem = None, None
+        if self.first:
+            try:
+                made = make()
+            except Exception as error:
+                problem = error
+        problem = self.share(problem)
+        if problem is not None:
+            raise problem
+        return made
 
     def split(self, costs: Sequence[float]) -> list[list[int]]:
         """Which of as many items each process takes: the costliest first, each to the process with the least so far."""

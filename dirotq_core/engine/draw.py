@@ -100,6 +100,7 @@ def _draw_parts(
             samples: list[Sample] = []
             with capture(pipeline, seen):
                 _draw(pipeline, [prompts[i] for i in batch], batch, call, seed)
+            bar.update((done + 1) * (bar.total or 0) // len(missing) - bar.n)
             tensors, form = pack_samples(samples)
             journal.commit(name, tensors, len(samples), form)
     del pipeline, model

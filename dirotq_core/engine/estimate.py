@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoint import checkpoint_tensors
 from ..config import DiRotQConfig
-from ..files import read_headers, read_json
+from ..files import read_json
 from ..layout import SitePlan
 from ..rounding import DOUBLE_WIDTH
 from .blocks import Block
@@ -47,7 +47,8 @@ SECONDS_PER_SITE, SECONDS_PER_LINEAR, SECONDS_PER_GB_READ, SECONDS_PER_GB_WRITTE
 class Estimate:
     """Bytes, and multiply-add operations. Activations follow from an assumed number of tokens per image.
 
-    `speed` is that of the device, multiply-adds per second, None if it was not measured.
+    `pipeline` is whether one is around the transformer; `speed` that of the device, multiply-adds per second, None if
+    it was not measured.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Estimate:
     gpu_bytes: int
     host_bytes: int
     operations: float
+    pipeline: bool = True
     speed: float | None = None
 
     @property
@@ -82,15 +84,40 @@ class Estimate:
         """Needed beside the output at the peak: finished parts, inputs, the result before its rename."""
         return self.parts_bytes + self.input_bytes + self.spill_bytes + self.output_bytes + self.copied_bytes
 
+    def obstacles(self, target: Path, work: Path, options: EngineOptions) -> list[str]:
+        """Why the run that was planned would be refused."""
+        exists = f"{target} exists already" if target.exists() else None
+        alone = "there is no pipeline around the transformer, which calibration runs"
+        found = [
+            exists, alone if self.images and not self.pipeline else None, self.too_large_for_gpu(options),
+            self.too_large_for_disk(target, work),
+        ]  # fmt: skip
+        return [problem for problem in found if problem]
+
+    def too_large_for_gpu(self, options: EngineOptions) -> str | None:
+        """What is wrong if the estimate is above `max_gpu_memory` of the GPU to compute on."""
+        limit = options.max_gpu_memory
+        if limit is None or not options.device.startswith("cuda") or self.gpu_bytes <= limit * 1e9:
+            return None
+        return (
+            f"about {self.gpu_bytes / 1e9:.1f} GB of GPU memory are needed, {limit:g} are allowed "
+            "(max_gpu_memory); a smaller rank or chunk_tokens needs less"
+        )
+
+    def too_large_for_disk(self, target: Path, work: Path) -> str | None:
+        """What is wrong if the disk has no room for the run; what it has written already counts as room."""
+        folder = next(p for p in target.absolute().parents if p.is_dir())
+        there = sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) if work.is_dir() else 0
+        room, wanted = shutil.disk_usage(folder).free + there, self.disk_bytes * DISK_MARGIN
+        return f"{folder} has {_size(room)} of room, the run needs {_size(wanted)}" if room < wanted else None
+
     def check_gpu(self, options: EngineOptions) -> None:
         """Apply `max_gpu_memory`. ValueError if the estimate is above it."""
         if options.max_gpu_memory is None or not options.device.startswith("cuda"):
             return
-        if self.gpu_bytes > options.max_gpu_memory * 1e9:
-            raise ValueError(
-                f"about {self.gpu_bytes / 1e9:.1f} GB of GPU memory are needed, {options.max_gpu_memory:g} are allowed "
-                "(max_gpu_memory); a smaller rank or chunk_tokens needs less"
-            )
+        problem = self.too_large_for_gpu(options)
+        if problem:
+            raise ValueError(problem)
         index = torch.device(options.device).index
         index = torch.cuda.current_device() if index is None else index
         total = torch.cuda.get_device_properties(index).total_memory
@@ -98,21 +125,20 @@ class Estimate:
 
     def text(self) -> str:
         """The plan, for people."""
-        gb = 1e9
         rows = [
-            ("model", f"{self.model}, {self.dense_bytes / gb:.2f} GB"),
+            ("model", f"{self.model}, {_size(self.dense_bytes)}"),
             ("to quantize", f"{self.linears} linears at {self.sites} sites in {self.blocks} blocks"),
-            ("result", f"{self.output_bytes / gb:.2f} GB transformer, {self.copied_bytes / gb:.2f} GB copied"),
-            ("disk", f"{self.disk_bytes / gb:.2f} GB while it runs"),
-            ("GPU memory", f"about {self.gpu_bytes / gb:.1f} GB (if computed on a GPU)"),
-            ("host memory", f"about {self.host_bytes / gb:.1f} GB beyond the page cache"),
+            ("result", f"{_size(self.output_bytes)} transformer, {_size(self.copied_bytes)} copied"),
+            ("disk", f"{_size(self.disk_bytes)} while it runs"),
+            ("GPU memory", f"about {self.gpu_bytes / 1e9:.1f} GB (if computed on a GPU)"),
+            ("host memory", f"about {self.host_bytes / 1e9:.1f} GB beyond the page cache"),
             ("operations", f"{self.operations:.3g} multiply-adds, drawing included"),
         ]
         if self.seconds is not None and self.speed is not None:
             rows.append(("time", f"about {_duration(self.seconds)} at {2 * self.speed / 1e12:.3g} TFLOP/s; rough"))
         if self.images:
             inputs = f"{self.images} images, {self.inputs} inputs of about {self.tokens_per_input} tokens, "
-            inputs += f"{self.input_bytes / gb:.2f} GB" + (", waiting in files" if self.spill_bytes else "")
+            inputs += _size(self.input_bytes) + (", waiting in files" if self.spill_bytes else "")
             rows.insert(2, ("calibration", inputs))
         else:
             rows.insert(2, ("calibration", "none (data-free)"))
@@ -166,7 +192,7 @@ def estimate(
             HOST_OVERHEAD[options.device.startswith("cuda")] + 2 * max(block_bytes) + min(2 * input_bytes, limit)
             + _encoders(source, options, images)
         ),
-        operations=operations,
+        operations=operations, pipeline=source.root is not None,
     )  # fmt: skip
 
 
@@ -190,6 +216,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def _gpu(state: Any, blocks: Sequence[Block], outer: Sequence[str], activations: int, size: int) -> int:
     """At the peak: while a block runs on its inputs, or while one of its sites is solved. No activations: data-free."""
     peak = 0
@@ -204,9 +234,7 @@ def _largest_part(source: Source, size: int) -> int:
     """Bytes of the pipeline's largest text encoder, which is on the GPU before the transformer."""
     if source.root is None:
         return 0
-    parts = [source.root / c for c in source.components() if source.root / c != source.folder]
-    headers = [read_headers(sorted(part.glob("*.safetensors"))) for part in parts]
-    return max((sum(prod(e.shape) * size for e in entries.values()) for entries in headers), default=0)
+    return max((sum(prod(shape) * size for shape in part.values()) for part in source.other_parts()), default=0)
 
 
 def _moments(block: Block) -> int:
@@ -252,14 +280,12 @@ def host_limit(options: EngineOptions) -> float:
     return psutil.virtual_memory().available / 2
 
 
+class NoRoomError(OSError):
+    """The disk has no room for a run that is about to start or to go on."""
+
+
 def check_space(target: Path, needs: Estimate, work: Path) -> None:
-    """Raise OSError if the disk has no room for the run; what it has written already counts as room."""
-    there = sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) if work.is_dir() else 0
-    free = shutil.disk_usage(target.parent).free + there
-    wanted = needs.disk_bytes * DISK_MARGIN
-    if free < wanted:
-        raise OSError(
-            errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: {target.parent} has {free / 1e9:.2f} GB of room, the run needs "
-            f"{wanted / 1e9:.2f} GB",
-        )
+    """Raise NoRoomError if the disk has no room for the run."""
+    problem = needs.too_large_for_disk(target, work)
+    if problem:
+        raise NoRoomError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {problem}")

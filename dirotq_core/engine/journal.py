@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from .shards import write_safetensors
 
-RUN, LOCK = "run.json", "lock"
+RUN, LOCK, ASSEMBLED = "run.json", "lock", "assembled"
 
 
 class ResumeError(ValueError):
@@ -32,11 +32,11 @@ class Journal:
 
     Args:
         target: the output, beside which the work folder lies.
-        fingerprint: everything the result depends on, by name. That of an existing work folder must be equal.
+        fingerprint: everything the result depends on, by name. That of a work folder with finished parts must be equal.
         owner: False for a process that only helps the one that has locked the folder.
 
     Raises:
-        ResumeError: another process works on it, or it was begun with another fingerprint.
+        ResumeError: another process works on it, or parts of it were made with another fingerprint.
     """
 
     def __init__(self, target: Path, fingerprint: Mapping[str, Any], owner: bool = True):
@@ -58,22 +58,29 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._lock.is_locked and not self._parts():
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from, and in the way of another run
         self.close()
 
     def close(self) -> None:
         self._lock.release()
 
+    def _parts(self) -> list[Path]:
+        """The records of finished parts."""
+        return [f for f in self.folder.glob("*.json") if f.name != RUN]
+
     def _check(self, fingerprint: dict[str, Any]) -> bool:
         file = self.folder / RUN
         fingerprint = json.loads(json.dumps(fingerprint))
         if not file.exists():
-            write_atomically(file, json.dumps(fingerprint, indent=1).encode())
-            return False
+            return self._begin(fingerprint)
         try:
             before = json.loads(file.read_bytes())
         except ValueError as error:
             raise ResumeError(f"{file} is damaged ({error}); remove {self.folder} to start over") from error
         changes = differences(before, fingerprint)
+        if changes and not self._parts():
+            return self._begin(fingerprint)
         if changes:
             raise ResumeError(
                 f"{self.folder} holds an unfinished run that was started differently: {'; '.join(changes[:3])}"
@@ -81,6 +88,11 @@ class Journal:
                 + ". Run it as it was started to resume it, or remove that folder to start over"
             )
         return True
+
+    def _begin(self, fingerprint: dict[str, Any]) -> bool:
+        (self.folder / ASSEMBLED).unlink(missing_ok=True)
+        write_atomically(self.folder / RUN, json.dumps(fingerprint, indent=1).encode())
+        return False
 
     def part(self, name: str) -> Path:
         """Where the part called `name` lies, finished or not."""
@@ -114,12 +126,20 @@ class Journal:
         record = {"bytes": file.stat().st_size, "sha256": file_digest(file), "note": note}
         write_atomically(file.with_suffix(".json"), json.dumps(record).encode())
 
+    @property
+    def assembled(self) -> bool:
+        """Whether the result was about to get its name, or has it."""
+        return (self.folder / ASSEMBLED).exists()
+
+    def mark_assembled(self) -> None:
+        write_atomically(self.folder / ASSEMBLED, b"")
+
     def remove(self) -> None:
         """Forget everything; the run is over. Its description goes last: killed here, it is still known what ended."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in (RUN, LOCK):
+            elif path.name not in (RUN, LOCK, ASSEMBLED):
                 path.unlink()
         (self.folder / RUN).unlink()
         self.close()

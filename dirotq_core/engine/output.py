@@ -45,9 +45,9 @@ def assemble(
         _copy_pipeline(source, folder)
     report.save(folder)
     _plot(report, folder)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            sync(file)
+    for path in [folder, *folder.rglob("*")]:
+        (sync if path.is_file() else sync_folder)(path)
+    journal.mark_assembled()
     os.replace(folder, target)
     sync_folder(target.parent)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..report import QuantizationReport
 
@@ -24,9 +26,15 @@ def plot_by_depth(report: QuantizationReport, file: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker=".", label=label, linewidth=1)
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]  # FLUX.1 has 20 kinds of linears
+    for i, (label, points) in enumerate(lines.items()):
+        marker = "osv^"[i // len(colors) % 4]
+        axes.plot(
+            *zip(*points, strict=True), marker=marker, markersize=3, label=label, linewidth=1,
+            color=colors[i % len(colors)],
+        )  # fmt: skip
     axes.set_xlabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"SQNR of {'outputs on held-out tokens' if measured else 'weights'}, dB")
     axes.set_title(f"{report.method}, {report.activation_bits}-bit activations")
     axes.grid(alpha=0.3)

@@ -21,7 +21,7 @@ from ..solve import LinearReport
 from .blocks import Block, cut_into_blocks, pinned, place_buffers, read_ahead
 from .dist import World
 from .draw import draw_inputs
-from .estimate import Estimate, check_space, estimate, host_limit, measured_speed
+from .estimate import Estimate, NoRoomError, check_space, estimate, host_limit, measured_speed
 from .journal import Journal, work_folder
 from .options import EngineOptions
 from .output import assemble
@@ -83,14 +83,15 @@ def quantize_checkpoint(
     world = World.join()
     options = replace(options, device=world.device(options.device))
     try:
+        blocks, outer = cut_into_blocks(skeleton, plans)
+        needs = estimate(source, skeleton, blocks, outer, config, len(images), call, options)
+        needs.check_gpu(options)
+        if not options.transformer_only:
+            source.other_parts()  # which are copied
         with _journal(target, wanted, world) as journal:
             if world.share(target.exists()):
                 return _already_complete(journal, target, world)
-            blocks, outer = cut_into_blocks(skeleton, plans)
-            needs = estimate(source, skeleton, blocks, outer, config, len(images), call, options)
-            needs.check_gpu(options)
-            if world.first:
-                check_space(target, needs, journal.folder)
+            world.by_first(partial(check_space, target, needs, journal.folder))
             place_buffers(skeleton, options.device)
             run = _Run(source, skeleton, blocks, outer, config, options, journal, world, progress and world.first)
             report = run.quantize(images, call)
@@ -101,7 +102,7 @@ def quantize_checkpoint(
                 journal.remove()
                 logger.info("seconds by stage: %s", run.watch)
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _FULL or isinstance(error, NoRoomError):
             raise
         raise OSError(
             error.errno,
@@ -143,23 +144,15 @@ def plan_checkpoint(
 
 def _journal(target: Path, wanted: dict[str, Any], world: World) -> Journal:
     """The first process makes the work folder, or refuses it; the others follow."""
-    if world.first:
-        journal = Journal(target, wanted)
-        world.wait()
-        return journal
-    world.wait()
-    return Journal(target, wanted, owner=False)
+    return world.by_first(partial(Journal, target, wanted)) or Journal(target, wanted, owner=False)
 
 
 def _already_complete(journal: Journal, target: Path, world: World) -> QuantizationReport:
     """Killed between the last rename and the end: nothing is left to do but to clean up."""
-    if not journal.resumed:
-        if world.first:
-            journal.remove()
-        raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
-    report = QuantizationReport.load(target)
+    ours = world.share(journal.resumed and journal.assembled)
+    report = QuantizationReport.load(target) if ours else None
     if report is None:
-        raise FileExistsError(f"{target} exists already and was not made by dirotq; nothing is overwritten")
+        raise FileExistsError(f"{target} exists already and is not from this run; nothing is overwritten")
     world.wait()
     if world.first:
         journal.remove()
@@ -180,12 +173,12 @@ class _Run:
     def quantize(self, images: list[str], call: dict[str, Any]) -> QuantizationReport:
         notes = self.world.share({b.name: self.journal.record(b.name) for b in self.blocks if self.world.first})
         missing = [b for b in self.blocks if notes[b.name] is None]
-        if self.world.first and self.journal.record("outer") is None:
-            self.journal.commit("outer", self.source.read(self.outer, self.options.dtype), [])
         if missing:
             activations, held_out = self._activations(images, call) if images else (None, 0)
             workshop = Workshop(self.model, self.config, self.options, activations, held_out, self.world, self.watch)
             self._quantize_blocks(workshop, missing, notes)
+        if self.world.first and self.journal.record("outer") is None:
+            self.journal.commit("outer", self.source.read(self.outer, self.options.dtype), [])
         report = QuantizationReport(self.config.method, self.config.activation_bits or 4)
         for block in self.blocks:
             report.linears += [LinearReport(**row) for row in notes[block.name]]

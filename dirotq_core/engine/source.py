@@ -88,6 +88,24 @@ class Source:
         index = read_json(self.root / "model_index.json")
         return sorted(name for name in index if not name.startswith("_") and (self.root / name).is_dir())
 
+    def other_parts(self) -> list[dict[str, tuple[int, ...]]]:
+        """Tensor name → shape, for each part of the pipeline beside the transformer.
+
+        Variants of a part, the same tensors in another precision, count once. Raises CheckpointError if a file is
+        truncated.
+        """
+        if self.root is None:
+            return []
+        folders = [self.root / c for c in self.components() if self.root / c != self.folder]
+        return [
+            {
+                name: entry.shape
+                for file in sorted(f.glob("*.safetensors"))
+                for name, entry in read_headers([file]).items()
+            }
+            for f in folders
+        ]
+
     def identity(self) -> dict[str, str]:
         """File name → a short text that changes with the file: size, time, and for tensors a sample of their bytes."""
         base = self.root or self.folder
@@ -140,6 +158,8 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
         ValueError: it is quantized already.
     """
     path = Path(model)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the pipeline's folder, or the folder of its transformer")
     if not path.is_dir():
         path = _download(str(model), weights)
     folder = find_transformer(path)
@@ -152,8 +172,16 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
 
 def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    # A connection that breaks off is an error of the HTTP client, which is not the same in all versions.
+    client_error: Any = HfHubHTTPError.__bases__[0]
     try:
         root = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json"]))
         if weights:
@@ -162,8 +190,16 @@ def _download(name: str, weights: bool) -> Path:
             patterns = [kind if c == "." else f"{c}/{kind}" for c in folders for kind in COMPONENT_FILES]
             # Variants are copies in another precision.
             snapshot_download(name, allow_patterns=["*.json", *patterns], ignore_patterns=["*.fp16.*", "*.bf16.*"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except GatedRepoError as error:
         raise CheckpointError(
-            f"{name!r} is neither a folder nor a model on the Hub that can be read: {str(error).splitlines()[0]}"
+            f"{name!r} is on the Hub, but gated: accept its terms on its page there, and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name!r} is neither a folder nor a model on the Hub; if it is private, log in with `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, client_error) as error:
+        raise CheckpointError(
+            f"{name!r} is not a folder and cannot be read from the Hub: {str(error).splitlines()[0]}"
         ) from error
     return root

@@ -39,7 +39,7 @@ def test_the_median_is_of_what_was_measured(report):
 
 
 def test_notes_are_grouped(report):
-    assert report.notes() == ["few tokens (2 linears, first b)", "damping raised to 0.1 (1 linears, first d)"]
+    assert report.notes() == ["few tokens (2 linears, first b)", "damping raised to 0.1 (1 linear, first d)"]
 
 
 def test_no_report(tmp_path):

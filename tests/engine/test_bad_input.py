@@ -1,7 +1,10 @@
 """What cannot be quantized ends in one clear message, before anything is written."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +44,54 @@ def test_a_truncated_shard(capsys, source, tmp_path):
     file = source / "transformer" / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
     refused(capsys, source, tmp_path / "out", "it is truncated")
+
+
+@pytest.mark.parametrize("extra", [[], ["--data-free"]])
+def test_a_truncated_text_encoder(capsys, source, tmp_path, extra):
+    file = source / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(capsys, source, tmp_path / "out", "it is truncated", *extra)
+
+
+def test_variants_beside_a_text_encoder(flux, source, tmp_path):
+    file = source / "text_encoder" / "model.safetensors"
+    shutil.copyfile(file, file.with_name("model.fp16.safetensors"))
+    assert flux.run(tmp_path / "out", source=source, prompts=CAPTIONS[:1], timesteps=1).linears
+
+
+def test_a_part_that_cannot_be_loaded_is_not_in_the_way_when_mended(flux, source, tmp_path):
+    """What is refused before anything is finished leaves nothing behind that another run is compared with."""
+    file = source / "vae" / WEIGHTS
+    data = file.read_bytes()
+    file.unlink()
+    with pytest.raises(OSError, match="vae"):
+        flux.run(tmp_path / "out", source=source)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    file.write_bytes(data)
+    assert flux.run(tmp_path / "out", source=source, prompts=CAPTIONS[:1], timesteps=1).linears
+
+
+def test_a_file_instead_of_a_folder(capsys, source, tmp_path):
+    refused(capsys, source / "transformer" / WEIGHTS, tmp_path / "out", "is a file; give the pipeline's folder")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"\n  \n", "holds no prompt"), ("Käse".encode("latin-1"), "is not UTF-8 (byte 1)"), (None, "No such file")],
+)
+def test_prompts_file(capsys, source, tmp_path, data, message):
+    file = tmp_path / "prompts.txt"
+    if data is not None:
+        file.write_bytes(data)
+    refused(capsys, source, tmp_path / "out", message, "--prompts", str(file))
+
+
+def test_no_write_permission(capsys, source, tmp_path, monkeypatch):
+    def mkdir(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)  # modes do not stop root
+    refused(capsys, source, tmp_path / "out", "Permission denied: ")
 
 
 def test_a_missing_shard(capsys, source, tmp_path):
@@ -106,6 +157,7 @@ def test_nowhere_to_write(capsys, source, tmp_path):
 
 def test_options_that_exclude_each_other(capsys, source, tmp_path):
     refused(capsys, source, tmp_path / "out", "--samples and --in-memory exclude", "--in-memory", "--samples", "3")
+    refused(capsys, source, tmp_path / "out", "--data-free and --parallel exclude", "--data-free", "--parallel")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dirotq.dirotq_core.engine.dist import World
-from dirotq.dirotq_core.engine.journal import work_folder
+from dirotq.dirotq_core.engine.journal import Journal, work_folder
 from dirotq.dirotq_core.report import QuantizationReport
 
 from .test_resume import CHILD
@@ -34,6 +34,23 @@ def test_two_processes(undisturbed, tmp_path):
     # Later blocks see inputs that differ where a code of an earlier one does.
     different = sum((a[n] != b[n]).sum() for n in first) / sum(a[n].numel() for n in first)
     assert different < 0.01
+
+
+def test_all_processes_say_what_stopped_the_first(tmp_path):
+    """Not that a connection was lost."""
+    script = CHILD.replace('print("ready", flush=True)', "").splitlines()
+    script = [*script[:-1], "try:", f"    {script[-1]}", "except ValueError as error:", "    print('said:', error)"]
+    (tmp_path / "child.py").write_text("\n".join(script))
+    work = work_folder(tmp_path / "out")
+    with Journal(tmp_path / "out", {"a": 1}) as journal:
+        journal.commit("x", {"t": torch.ones(2)}, None)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "child.py")]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "out")], capture_output=True, text=True, timeout=200,
+        cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"said: {work} holds an unfinished run that was started differently") == 2
 
 
 def test_alone_nothing_is_split():

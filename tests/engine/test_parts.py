@@ -19,6 +19,7 @@ from dirotq.dirotq_core.engine.samples import Activations, Sample, pack_samples,
 from dirotq.dirotq_core.engine.shards import write_safetensors
 from dirotq.dirotq_core.files import read_headers
 from dirotq.dirotq_core.inspect import skeleton
+from dirotq.dirotq_core.prompts import read_prompts
 
 from .conftest import CAPTIONS
 
@@ -105,6 +106,19 @@ def test_written_files_are_safetensors(tmp_path_factory, spec):
     assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
 
 
+def test_prompts_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.txt") == ["a red circle"]
+
+
+def test_an_empty_work_folder_binds_to_nothing(tmp_path):
+    journal = Journal(tmp_path / "out", {"a": 1})
+    journal.close()  # killed: nothing is tidied up
+    with Journal(tmp_path / "out", {"a": 2}) as journal:
+        assert not journal.resumed
+    assert not list(tmp_path.iterdir())
+
+
 def test_journal(tmp_path):
     with Journal(tmp_path / "out", {"a": 1}) as journal:
         assert not journal.resumed and journal.record("x") is None
@@ -159,6 +173,12 @@ def test_plan_of_flux(tmp_path, capsys):
     assert plan.gpu_bytes < 11e9
     assert main(["quantize", str(tmp_path / "flux"), "--out", str(tmp_path / "o"), "--dry-run", "--data-free"]) == 0
     assert "494 linears at 304 sites in 57 blocks" in capsys.readouterr().out
+    small = EngineOptions(max_gpu_memory=2, device="cuda")
+    assert ["exists already", "no pipeline around", "2 are allowed"] == [
+        next(part for part in ("exists already", "no pipeline around", "2 are allowed") if part in problem)
+        for problem in plan.obstacles(tmp_path / "flux", tmp_path / "work", small)
+        if "of room" not in problem
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["flux"]
 
 
@@ -179,8 +199,26 @@ def test_a_model_on_the_hub(flux, monkeypatch):
     def fail(*args, **kwargs):
         raise huggingface_hub.errors.HFValidationError("Repo id must be\nsomething")
 
+    def stop(kind, message):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(kind(message)))
+        with pytest.raises(CheckpointError) as error:
+            source.open_source("some/flux")
+        return str(error.value)
+
+    class Refused(huggingface_hub.errors.GatedRepoError):
+        def __init__(self, message):
+            Exception.__init__(self, message)
+
+    class Unknown(huggingface_hub.errors.RepositoryNotFoundError):
+        def __init__(self, message):
+            Exception.__init__(self, message)
+
+    assert "accept its terms on its page there, and log in" in stop(Refused, "403 Client Error.")
+    assert "if it is private, log in" in stop(Unknown, "401 Client Error.")
+    broken = huggingface_hub.errors.HfHubHTTPError.__bases__[0]
+    assert "cannot be read from the Hub: peer closed" in stop(broken, "peer closed")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"'no/such' is neither a folder nor a model on the Hub.*must be$"):
+    with pytest.raises(CheckpointError, match=r"'no/such' is not a folder and cannot be read from the Hub.*must be$"):
         source.open_source("no/such")
 
 

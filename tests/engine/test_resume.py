@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.engine import estimate, journal, process, request
@@ -152,7 +154,33 @@ def test_too_little_room_is_said_before_anything_is_written(flux, tmp_path, monk
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="the run needs"):
         flux.run(tmp_path / "out")
-    assert not list(work_folder(tmp_path / "out").glob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_may_only_be_so_large(flux, tmp_path):
+    """The system's own refusal while parts are written: an error and not a crash."""
+    pytest.importorskip("resource")
+    script = CHILD.replace(
+        'print("ready"', 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 10**5,) * 2); print("ready"'
+    )
+    limited = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    assert limited.returncode == 1 and "make room and run the same command again" in limited.stderr
+
+
+def test_something_else_took_the_name(flux, undisturbed, reference, tmp_path, monkeypatch):
+    """Finished parts are not thrown away for a folder that another run made."""
+    out = tmp_path / "out"
+    stop_at(monkeypatch, "single_transformer_blocks.1", Cut)
+    with pytest.raises(Cut):
+        flux.run(out)
+    monkeypatch.undo()
+    shutil.copytree(undisturbed, out)
+    with pytest.raises(FileExistsError, match="is not from this run"):
+        flux.run(out)
+    shutil.rmtree(out)
+    assert (work_folder(out) / "transformer_blocks.0.json").exists()
+    flux.run(out)
+    assert tree(out) == reference
 
 
 def test_killed_while_cleaning_up(flux, reference, tmp_path, monkeypatch):
@@ -174,8 +202,6 @@ def test_killed_while_cleaning_up(flux, reference, tmp_path, monkeypatch):
 
 
 def test_another_run_is_refused_by_name(flux, tmp_path, monkeypatch):
-    import shutil
-
     source = tmp_path / "source"
     shutil.copytree(flux.model.folder, source)
     out = tmp_path / "out"
@@ -201,7 +227,8 @@ def test_another_run_is_refused_by_name(flux, tmp_path, monkeypatch):
 
 
 def test_two_at_once_are_refused(flux, tmp_path):
-    with Journal(tmp_path / "out", {"a": 1}):
+    with Journal(tmp_path / "out", {"a": 1}) as journal:
+        journal.commit("x", {"t": torch.ones(2)}, None)
         with pytest.raises(ResumeError, match="another process is working in"):
             Journal(tmp_path / "out", {"a": 1})
     (work_folder(tmp_path / "out") / "run.json").write_text("{")
