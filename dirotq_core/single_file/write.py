@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from ..engine.shards import write_safetensors
 
 #: Key of the header's metadata under which the transformer's config.json stands.
 METADATA_KEY = "dirotq"
@@ -39,10 +40,10 @@ def write_native(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        metadata = {METADATA_KEY: json.dumps(config, sort_keys=True), "format": "pt"}
+        metadata = {METADATA_KEY: json.dumps(config, sort_keys=True)}
         if output_db:
             metadata[REPORT_KEY] = json.dumps({name: round(db, 2) for name, db in output_db.items()}, sort_keys=True)
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
+        write_safetensors(partial, tensors, metadata)  # safetensors' own writer leaves the order of metadata to chance
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -228,7 +228,7 @@ def test_convert_there_and_back(folders, family, tmp_path):
 
 def test_command_line_converts(folders, tmp_path, capsys):
     assert main(["convert", str(folders["flux"]), "--out", str(tmp_path / "one.safetensors")]) == 0
-    assert main(["inspect", str(tmp_path / "one.safetensors"), "--limit", "1"]) == 0
+    assert main(["inspect", str(tmp_path / "one.safetensors"), "--limit", "9"]) == 0
     assert "W4A8" in capsys.readouterr().out
     assert main(["convert", str(tmp_path), "--out", str(tmp_path / "two.safetensors")]) == 1
     assert "holds no transformer" in capsys.readouterr().err
