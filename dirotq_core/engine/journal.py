@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .shards import write_safetensors
+from ..safetensors_file import write_safetensors
 
 RUN, LOCK, ASSEMBLED = "run.json", "lock", "assembled"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..engine.shards import write_safetensors
+from ..safetensors_file import write_safetensors
 
 #: Key of the header's metadata under which the transformer's config.json stands.
 METADATA_KEY = "dirotq"

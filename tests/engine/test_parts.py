@@ -16,10 +16,10 @@ from dirotq.dirotq_core.engine.blocks import read_ahead, take_rows
 from dirotq.dirotq_core.engine.draw import chosen_steps
 from dirotq.dirotq_core.engine.journal import Journal, differences
 from dirotq.dirotq_core.engine.samples import Activations, Sample, pack_samples, read_samples
-from dirotq.dirotq_core.engine.shards import write_safetensors
 from dirotq.dirotq_core.files import read_headers
 from dirotq.dirotq_core.inspect import skeleton
 from dirotq.dirotq_core.prompts import read_prompts
+from dirotq.dirotq_core.safetensors_file import write_safetensors
 
 from .conftest import CAPTIONS
 
