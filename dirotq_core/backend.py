@@ -81,6 +81,11 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return self._device_map is not None and "disk" in self._device_map.values()
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        if torch_dtype is None:
+            # diffusers loads a pipeline's other parts in float32 then, and torch's error about it names neither.
+            logger.warning(
+                "no torch_dtype given: the transformer computes in bfloat16; give all parts of a pipeline one"
+            )
         self.dtype = torch_dtype or torch.bfloat16
         if self.dtype not in DENSE_DTYPES:
             raise ValueError(f"torch_dtype must be bfloat16, float16 or float32 for dirotq, got {torch_dtype}")

@@ -169,3 +169,9 @@ def test_the_hint_at_eight_bits_is_said_once(flux_case, tmp_path, monkeypatch, c
     warnings = [r for r in caplog.records if "set_activation_bits(model, 8)" in r.message]
     assert [r.levelno for r in warnings] == [logging.WARNING] * said
     backend._hint_at_eight_bits.cache_clear()
+
+
+def test_a_missing_dtype_is_said(case, caplog):
+    with caplog.at_level("WARNING"):
+        model = case.cls.from_pretrained(case.quantized)
+    assert model.dtype == torch.bfloat16 and "no torch_dtype given" in caplog.text
