@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import time
@@ -23,6 +24,8 @@ from ..rounding import DOUBLE_WIDTH
 from .blocks import Block
 from .options import EngineOptions
 from .source import Source
+
+logger = logging.getLogger(__name__)
 
 #: Kernels, the allocator's slack, the context.
 GPU_OVERHEAD = 1.0e9
@@ -113,7 +116,10 @@ class Estimate:
 
     def check_gpu(self, options: EngineOptions) -> None:
         """Apply `max_gpu_memory`. ValueError if the estimate is above it."""
-        if options.max_gpu_memory is None or not options.device.startswith("cuda"):
+        if options.max_gpu_memory is None:
+            return
+        if not options.device.startswith("cuda"):
+            logger.warning("max_gpu_memory has no effect on device %s", options.device)
             return
         problem = self.too_large_for_gpu(options)
         if problem:

@@ -42,6 +42,7 @@ def quantize_checkpoint(
     config: DiRotQConfig | None = None,
     prompts: Sequence[str] | None = None,
     *,
+    calibration: str | None = None,
     call: dict[str, Any] | None = None,
     options: EngineOptions | None = None,
     progress: bool = True,
@@ -55,6 +56,7 @@ def quantize_checkpoint(
         model: folder of a pipeline (or, without prompts, of a transformer) or Hub id.
         config: what to make; None for the default method.
         prompts: calibration prompts; None or empty: data-free.
+        calibration: "none" for an instant data-free checkpoint, "prompts" to insist on `prompts`; None: as they say.
         call: keyword arguments of the pipeline's call, numbers and strings.
         options: how to calibrate and compute.
 
@@ -66,9 +68,12 @@ def quantize_checkpoint(
         CheckpointError: the model is damaged. ValueError: a bad value, or no recipe for the model.
         OSError: a full disk, among others; finished blocks are kept.
     """
+    _check_calibration(calibration, prompts)
     target, options, call = Path(out), options or EngineOptions(), dict(call or {})
     config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
     images = images_of(prompts or [], options)
+    if len(images) == 1:
+        logger.warning("one image: none is left to hold out, so the report has no output SQNR")
     check_call(call)
     if target.exists() and not work_folder(target).exists():
         raise FileExistsError(f"{target} exists already; give a new folder, nothing is overwritten")
@@ -114,6 +119,15 @@ def quantize_checkpoint(
     for note in report.notes() if world.first else ():
         logger.warning("%s", note)
     return report
+
+
+def _check_calibration(calibration: str | None, prompts: Sequence[str] | None) -> None:
+    if calibration not in (None, "none", "prompts"):
+        raise ValueError(f"calibration must be 'prompts' or 'none', got {calibration!r}")
+    if calibration == "none" and prompts:
+        raise ValueError("calibration='none' and prompts exclude each other")
+    if calibration == "prompts" and not prompts:
+        raise ValueError("calibration='prompts' needs prompts")
 
 
 def plan_checkpoint(

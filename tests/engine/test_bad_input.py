@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dirotq.dirotq_core.cli import main
+from dirotq.dirotq_core.engine import quantize_checkpoint
 
 from .conftest import CAPTIONS
 
@@ -168,3 +169,22 @@ def test_bad_call(flux, tmp_path, call, message):
         flux.run(tmp_path / "out", call=call)
     with pytest.raises(ValueError, match="list of strings"):
         flux.run(tmp_path / "out", prompts=CAPTIONS[0])
+
+
+@pytest.mark.parametrize(
+    ("calibration", "prompts", "message"),
+    [
+        ("all", ["a"], "must be 'prompts' or 'none'"),
+        ("none", ["a"], "exclude each other"),
+        ("prompts", [], "needs prompts"),
+    ],
+)
+def test_calibration_that_contradicts_the_prompts(source, tmp_path, calibration, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_checkpoint(source, tmp_path / "out", prompts=prompts, calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_effect_is_said(flux, tmp_path, caplog):
+    flux.run(tmp_path / "out", prompts=["a red circle"], max_gpu_memory=8.0, samples=1)
+    assert "no output SQNR" in caplog.text and "max_gpu_memory has no effect on device cpu" in caplog.text
