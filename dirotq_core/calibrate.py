@@ -32,7 +32,7 @@ def _statistics_go_to_host(model: torch.nn.Module, plans: Sequence[SitePlan]) ->
     device = next(model.parameters()).device
     if device.type != "cuda":
         return False
-    needed = sum(4 * p.in_features ** (1 if p.transform is None else 2) for p in plans)
+    needed = sum(p.moment_bytes for p in plans)
     free = torch.cuda.mem_get_info(device)[0]
     if needed < MEMORY_SHARE * free:
         return False

@@ -89,12 +89,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             f"{folder} is not a DiRotQ checkpoint: its config.json has "
             + (f"quant_method {quantization.get('quant_method')!r}" if quantization else "no quantization_config")
         )
-    try:
-        config = DiRotQConfig.from_dict(quantization).resolved(calibrated=True)
-        model = skeleton(raw)
-        plans = plan_sites(model, config)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    config, plans, model = sites_of(raw, file)
     entries = read_headers(checkpoint_files(folder))
     check_headers(entries, checkpoint_tensors(model, plans))
     report = _report(folder)
@@ -103,6 +98,19 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     parameters = sum(p.numel() for p in model.parameters())
     total = sum(e.bytes for e in entries.values())
     return Inspection(folder, raw["_class_name"], config, rows, total, parameters)
+
+
+def sites_of(raw: dict[str, Any], where: Path) -> tuple[DiRotQConfig, list[SitePlan], Any]:
+    """Of a quantized config.json: resolved quantization, sites, and the dense model on the meta device.
+
+    Raises CheckpointError, which names `where`, if the values do not make a model.
+    """
+    try:
+        config = DiRotQConfig.from_dict(raw["quantization_config"]).resolved(calibrated=True)
+        model = skeleton(raw)
+        return config, plan_sites(model, config), model
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _report(folder: Path) -> QuantizationReport | None:

@@ -61,6 +61,11 @@ class SitePlan:
         t = self.transform
         return t.low_features(self.in_features, self.rank) if t else self.in_features
 
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of the input's second moment in float32; of a site without a transform only its diagonal is kept."""
+        return 4 * self.in_features ** (1 if self.transform is None else 2)
+
     def site_spec(self) -> Spec:
         """Shape and dtype of each tensor of the site."""
         t = self.transform

@@ -88,12 +88,11 @@ def _passes(plans: list[SitePlan]) -> Iterator[list[SitePlan]]:
     group: list[SitePlan] = []
     taken = 0.0
     for plan in plans:
-        size = 4 * plan.in_features ** (1 if plan.transform is None else 2)
-        if group and taken + size > budget:
+        if group and taken + plan.moment_bytes > budget:
             yield group
             group, taken = [], 0.0
         group.append(plan)
-        taken += size
+        taken += plan.moment_bytes
     if group:
         yield group
 

@@ -23,14 +23,14 @@ from ..dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.linear import dense_weight
 from ..dirotq_core.rounding import round_nearest
-from ..dirotq_core.transforms import hadamard_block
+from ..dirotq_core.transforms import SITE_DTYPES, hadamard_block
 from ..kernels import ops, pack_int4, reference
 
 LAYOUT = "DiRotQLayout"
 
 #: Tensors of a linear and of its site → field of `Params`. The packed codes are the QuantizedTensor's own data.
 LINEAR_FIELDS = {"weight_scale": "scale", "low_rank": "low_rank"}
-SITE_FIELDS = ("basis", "signs", "rotation", "smooth")
+SITE_FIELDS = tuple(SITE_DTYPES)
 #: A LoRA beside the 4-bit weights: W + up down, up [N, R] and down [R, K] in bfloat16.
 SIDE_FIELDS = ("down", "up")
 

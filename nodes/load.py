@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from .folders import checkpoint_root
 
 NONE = "(none)"
 _DEPTH = 4
-
-logger = logging.getLogger(__name__)
 
 
 def choices() -> list[str]:

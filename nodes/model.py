@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import torch
 
+from ..dirotq_core.backend import DENSE_DTYPES
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file import NativeCheckpoint
 from ..kernels import backend
 from .choices import ACTIVATION_BITS, BACKENDS, LORA_MODES
 from .operations import Settings, make_operations
-
-#: What FLUX.1 and PixArt compute in, best first.
-_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-logger = logging.getLogger(__name__)
 
 
 def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: str) -> Settings:
@@ -58,7 +53,7 @@ def make_model(checkpoint: NativeCheckpoint, settings: Settings, disable_dynamic
     """
     tensors = checkpoint.tensors
     dtype = comfy.model_management.unet_dtype(
-        model_params=_parameters(checkpoint), supported_dtypes=_DTYPES, weight_dtype=torch.bfloat16
+        model_params=_parameters(checkpoint), supported_dtypes=list(DENSE_DTYPES), weight_dtype=torch.bfloat16
     )
     operations = make_operations(checkpoint.plans, settings, dtype)
     patcher = comfy.sd.load_diffusion_model_state_dict(

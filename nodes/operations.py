@@ -12,11 +12,10 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..dirotq_core.layout import SitePlan
+from ..dirotq_core.single_file.convert import SITE
 from .layout import LAYOUT, LINEAR_FIELDS, SITE_FIELDS, DiRotQLayout, Params
 from .layout import linear as quantized_linear
 from .side_branch import side_branch
-
-SITE = "input_site."
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import comfy.lora
 import comfy.utils
 import torch
 
+from ..dirotq_core.backend import DENSE_DTYPES
+
 PREFIX = "diffusion_model."
-_DENSE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class SourceWeights(Mapping[str, torch.Tensor]):
@@ -26,7 +27,7 @@ class SourceWeights(Mapping[str, torch.Tensor]):
         self.patcher = patcher
         state: Mapping[str, torch.Tensor] = patcher.model.diffusion_model.state_dict()
         for name, tensor in state.items():
-            if tensor.dtype not in _DENSE:
+            if tensor.dtype not in DENSE_DTYPES:
                 raise ValueError(
                     f"{name} has dtype {tensor.dtype}: this MODEL is quantized already. Load the bf16 or fp16 file "
                     "with 'Load Diffusion Model' and weight_dtype default"

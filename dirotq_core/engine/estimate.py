@@ -244,7 +244,7 @@ def _largest_part(source: Source, size: int) -> int:
 
 
 def _moments(block: Block) -> int:
-    return sum(4 * s.in_features ** (2 if s.method else 1) for s in block.sites)
+    return sum(s.moment_bytes for s in block.sites)
 
 
 def _solver(site: SitePlan, calibrated: bool) -> int:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoint import CheckpointError, check_names, check_tensor, checkpoint_tensors
 from ..config import DiRotQConfig
 from ..files import checkpoint_files, read_headers, read_json
-from ..inspect import find_transformer, skeleton
-from ..layout import SitePlan, plan_sites
+from ..inspect import find_transformer, sites_of
+from ..layout import SitePlan
 from .convert import from_native, to_native
 from .names import fusions
 from .write import METADATA_KEY
@@ -82,12 +82,7 @@ def read_layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, li
             f"{path} is not a DiRotQ checkpoint: "
             + (f"its quant_method is {what!r}" if what else "its config.json has no quantization_config")
         )
-    try:
-        resolved = DiRotQConfig.from_dict(quantization).resolved(calibrated=True)
-        model = skeleton(dict(config))
-        return resolved, plan_sites(model, resolved), model
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    return sites_of(dict(config), path)
 
 
 def read_metadata(path: Path) -> tuple[dict[str, str], list[str]]:
