@@ -13,6 +13,9 @@ from .activations import ACTIVATION_FORMATS
 from .codebooks import weight_format
 from .transforms import TRANSFORMS
 
+#: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
+WEIGHT_ONLY_FORMAT = "codebook_g64"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -25,6 +28,7 @@ class Method:
         rank: default r; None means `high_fraction` of the width.
         basis: how the 16-bit subspace is found, "pca" or "joint".
         needs_calibration: cannot be made without activations.
+        modulation_format: key of `WEIGHT_FORMATS` for modulation layers, which see no transform.
         source: where the construction is published.
     """
 
@@ -37,6 +41,7 @@ class Method:
     high_fraction: float | None = None
     basis: str = "pca"
     needs_calibration: bool = False
+    modulation_format: str = WEIGHT_ONLY_FORMAT
 
     @property
     def fused(self) -> bool:
@@ -57,6 +62,15 @@ METHODS: dict[str, Method] = {
         "subspace_hadamard", "codebook", {4: "codebook", 8: "int8"}, "nearest", rank=0,
         source="randomized block Hadamard, QuaRot (arXiv 2404.00456)",
     ),
+    **{
+        name: Method(
+            "permuted_hadamard", weights, {3: "lloyd3", 4: "codebook", 6: "lloyd6", 8: "int8"}, "nearest", rank=0,
+            modulation_format="int4_g64", source=f"OrbitQuant, arXiv 2607.02461, {bits}-bit weights",
+        )
+        for name, weights, bits in (
+            ("orbitquant", "lloyd4", 4), ("orbitquant_w3", "lloyd3", 3), ("orbitquant_w2", "lloyd2", 2),
+        )
+    },
     "svdquant": Method(
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointError
+from ..transforms import SITE_DTYPES
 from .names import Fusion, fusions
 
 Tensors = Mapping[str, torch.Tensor]
@@ -58,7 +59,7 @@ def from_native(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.
 def _native_fields(fusion: Fusion) -> Iterable[str]:
     if fusion.parameter:
         return (fusion.parameter,)
-    return (*ROWS, *(SITE + s for s in ("basis", "signs", "rotation", "smooth")))
+    return (*ROWS, *(SITE + s for s in SITE_DTYPES))
 
 
 def _and_more(names: list[str]) -> str:
