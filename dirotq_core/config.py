@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from .activations import ACTIVATION_FORMATS
 from .methods import METHODS, check_activation, method
 from .register import register
-from .transforms import TRANSFORMS, aligned_rank
+from .transforms import aligned_rank
 
 FORMAT_VERSION = 1
 MAX_JSON = 2000
@@ -100,7 +100,7 @@ class DiRotQConfig(QuantizationConfigMixin):
             and 0 <= self.high_fraction <= 0.5
         ):
             raise ValueError(f"high_fraction must be between 0 and 0.5, got {self.high_fraction!r}")
-        if not TRANSFORMS[chosen.transform].subspace and (self.rank or self.high_fraction):
+        if not chosen.input_transform.subspace and (self.rank or self.high_fraction):
             raise ValueError(
                 f"method {self.method!r} has no 16-bit subspace; leave rank and high_fraction unset, got "
                 + (f"rank {self.rank}" if self.rank else f"high_fraction {self.high_fraction}")

@@ -14,7 +14,7 @@ from .codebooks import WeightFormat, weight_format
 from .config import DiRotQConfig
 from .methods import WEIGHT_ONLY_FORMAT, method
 from .patterns import ModulePatterns
-from .transforms import SITE_DTYPES, TRANSFORMS, Transform
+from .transforms import SITE_DTYPES, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ class SitePlan:
 
     @property
     def transform(self) -> Transform | None:
-        return TRANSFORMS[method(self.method).transform] if self.method else None
+        return method(self.method).input_transform if self.method else None
 
     @property
     def format(self) -> WeightFormat:
-        return weight_format(method(self.method).weight_format if self.method else self.plain_format)
+        return method(self.method).weights if self.method else weight_format(self.plain_format)
 
     @property
     def low_features(self) -> int:

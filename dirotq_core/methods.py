@@ -1,7 +1,7 @@
 """Quantization methods as data: transform × weight format × activation formats × rounding.
 
-A new method is a row here (and, if it brings one, a transform); kernels, checkpoints, the diffusers backend and the
-ComfyUI nodes read the row.
+A new method is a row here, with a transform and a weight format of its own where it brings them; kernels, checkpoints,
+the diffusers backend and the ComfyUI nodes read the row.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .activations import ACTIVATION_FORMATS
-from .codebooks import weight_format
-from .transforms import TRANSFORMS
+from .codebooks import WeightFormat, weight_format
+from .transforms import TRANSFORMS, Transform
 
 #: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
 WEIGHT_ONLY_FORMAT = "codebook_g64"
@@ -22,7 +22,7 @@ class Method:
     """One method.
 
     Attributes:
-        transform: key of `TRANSFORMS`. weight_format: key of `WEIGHT_FORMATS`.
+        transform: key of `TRANSFORMS`, or one of the method's own. weight_format: likewise, of `WEIGHT_FORMATS`.
         activations: activation bits → key of `ACTIVATION_FORMATS`; 16 needs no entry.
         rounding: "nearest" or "gptq" when calibrated; without calibration always "nearest".
         rank: default r; None means `high_fraction` of the width.
@@ -32,8 +32,8 @@ class Method:
         source: where the construction is published.
     """
 
-    transform: str
-    weight_format: str
+    transform: str | Transform
+    weight_format: str | WeightFormat
     activations: Mapping[int, str]
     rounding: str
     source: str
@@ -46,7 +46,17 @@ class Method:
     @property
     def fused(self) -> bool:
         """Whether the fused kernels run it: a kernel transform, one weight scale per row, codes on the int8 lattice."""
-        return TRANSFORMS[self.transform].kernel and not weight_format(self.weight_format).grouped
+        return self.input_transform.kernel and not self.weights.grouped
+
+    @property
+    def input_transform(self) -> Transform:
+        """What inputs go through."""
+        return TRANSFORMS[self.transform] if isinstance(self.transform, str) else self.transform
+
+    @property
+    def weights(self) -> WeightFormat:
+        """What weights are rounded to."""
+        return weight_format(self.weight_format) if isinstance(self.weight_format, str) else self.weight_format
 
 
 METHODS: dict[str, Method] = {

@@ -56,6 +56,7 @@ class Transform:
 
     `kernel` says that the fused ops of `dirotq.kernels` compute `apply` (of x[:, permutation] if that is one of its
     tensors), with Hadamard blocks of `block(K)` columns; the others run as PyTorch operations.
+    Without a moment `prepare` must not look at the weights: `from_pretrained` quantizes siblings one at a time.
     `subspace` says that it has a 16-bit part, so that a rank makes sense.
     `shapes(K, r)` gives the stored tensors' shapes, `low_features(K, r)` the width K' of v.
     """
