@@ -87,7 +87,9 @@ def _decision(table: tuple[int, ...], device: torch.device) -> tuple[torch.Tenso
 
 def nearest_entry(table: tuple[int, ...], scaled: torch.Tensor) -> torch.Tensor:
     """The table entries int8 nearest to `scaled` (any shape, in table units)."""
-    midpoints, _, values = _decision(table, scaled.device)
+    # Not `_decision`: torch.compile traces this, and would not keep its cache.
+    values = torch.tensor(sorted(table), dtype=torch.float32, device=scaled.device)
+    midpoints = (values[1:] + values[:-1]) / 2
     return values.to(torch.int8)[torch.bucketize(scaled, midpoints)]
 
 

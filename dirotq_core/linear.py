@@ -53,9 +53,14 @@ def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
     }
 
 
-@cache
 def _say_slower(kind: str, what: str) -> None:
     """Said once: PyTorch operations where a kernel could be."""
+    if not torch.compiler.is_compiling():  # a log line would break the graph
+        _say_once(kind, what)
+
+
+@cache
+def _say_once(kind: str, what: str) -> None:
     if kind != "cpu":  # everything is PyTorch there
         logger.warning("dirotq: %s; this works in plain PyTorch and is slower than 4 bits", what)
 

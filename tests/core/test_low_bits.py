@@ -85,10 +85,37 @@ def test_what_is_no_permutation_is_refused(wrong):
 
 
 def test_the_slower_path_says_so_once(caplog):
-    linear_module._say_slower.cache_clear()
+    linear_module._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             linear_module._say_slower("cuda", "2-bit weights are widened to 4 bits before every product")
         linear_module._say_slower("cpu", "nothing")
     assert [r.message.count("2-bit") for r in caplog.records] == [1]
-    linear_module._say_slower.cache_clear()
+    linear_module._say_once.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "activation"), [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6)])
+def test_one_graph_in_every_dtype(quantized, method, activation, dtype):
+    model, plans = quantized("pixart", method=method, activation_bits=activation)
+    plan = next(p for p in plans if len(p.linears) == 1)
+    module = quantized_linears(model)[plan.owner]
+    x = torch.randn(5, plan.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = module(x)
+        compiled = torch.compile(module, backend="eager", fullgraph=True)(x)
+    assert y.dtype == dtype and torch.equal(compiled, y)
+
+
+def test_a_model_partly_on_disk(quantized, run, tmp_path):
+    model, _ = quantized("pixart", method="orbitquant_w3", activation_bits=4)
+    model.save_pretrained(tmp_path / "model")
+    parts = {name: "cpu" for name, _ in model.named_children()} | {"scale_shift_table": "cpu"}
+    again = type(model).from_pretrained(
+        tmp_path / "model",
+        torch_dtype=torch.float32,
+        device_map=parts | {"transformer_blocks": "disk"},
+        offload_folder=str(tmp_path / "disk"),
+    )
+    torch.testing.assert_close(run(again), run(model), rtol=1e-4, atol=1e-4)
