@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import threading
@@ -123,9 +124,12 @@ def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], t
 
     write_record(target, None)
     progress = _Progress(sum(files.values()))
+    # huggingface_hub before 1.0 cannot be told a bar: it moves file by file then.
+    told = "tqdm_class" in inspect.signature(hf_hub_download).parameters
     for name, size in files.items():
+        bar: dict[str, Any] = {"tqdm_class": progress.of_a_file()} if told else {}
         try:
-            hf_hub_download(repo_id, name, revision=commit, local_dir=target, tqdm_class=progress.of_a_file())
+            hf_hub_download(repo_id, name, revision=commit, local_dir=target, **bar)
         except _errors() as error:
             raise _Unavailable(_sentence(error, repo_id, revision)) from error
         progress.file_done(size)

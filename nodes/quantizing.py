@@ -84,6 +84,11 @@ def quantize_calibrated(
     model = sampling.model
     weights = SourceWeights(model)
     description, plans = native_plans(weights.shapes, config)
+    if description["_class_name"].startswith("PixArt") and sampling.width + sampling.height <= 512:
+        raise ValueError(
+            f"ComfyUI's PixArt divides by zero at {sampling.width} x {sampling.height} pixels; its sides must "
+            "be more than 256 pixels on average"
+        )
     solved = calibrated_sites(sampling, weights, plans, config, node_id)
     checkpoint = assemble(weights, solved, plans, config, description)
     rows = [row for site in solved.values() for row in site.reports]

@@ -406,3 +406,17 @@ def test_apply_keeps_options_and_leaves_the_source(core, make):
     assert torch.equal(run(core, source), before)
     with pytest.raises(ValueError, match="quantized already"):
         core.quantizing.quantize_instantly(made, 8)
+
+
+def test_pixart_is_calibrated_at_sizes_it_can_draw(core, folders, tmp_path):
+    from dirotq.nodes.calibrate import Sampling
+
+    state = to_native(
+        models.pixart().state_dict(), {"_class_name": "PixArtTransformer2DModel", **models.pixart().config}
+    )
+    source = core.comfy.sd.load_diffusion_model_state_dict(dict(state))
+    config = core.quantizing.calibrated_config("dirotq", 64, 4, 0)
+    sampling = Sampling(source, [], None, 1, 1, 1.0, 256, 256, 0)
+    with pytest.raises(ValueError, match="divides by zero at 256 x 256 pixels"):
+        core.quantizing.quantize_calibrated(sampling, config, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
