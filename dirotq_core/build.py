@@ -88,20 +88,20 @@ def quantized_linears(model: nn.Module) -> dict[str, DiRotQLinear]:
 def set_activation_bits(model: Any, bits: int) -> None:
     """Run the quantized linears of a model (or of a pipeline's transformer) with 4-, 8- or 16-bit activations.
 
+    With some methods also 3 or 6 bits.
+
     A run-time choice on one and the same checkpoint: weights are untouched. Weight-only linears stay at 16.
 
     Raises:
-        ValueError: `bits` is none of these, or nothing in `model` is quantized.
+        ValueError: the method has no format of `bits`, or nothing in `model` is quantized.
     """
-    from .config import ACTIVATION_BITS
-
-    if bits not in ACTIVATION_BITS:
-        raise ValueError(f"activation_bits must be one of {ACTIVATION_BITS}, got {bits!r}")
     model = getattr(model, "transformer", model)
     linears = quantized_linears(model)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no DiRotQ linears; quantize or load it first")
     config: DiRotQConfig = model.hf_quantizer.quantization_config
+    if bits not in config.activation_choices:
+        raise ValueError(f"activation_bits must be one of {config.activation_choices}, got {bits!r}")
     for module in linears.values():
         if module.plan.quantize_input:
             module.site.activation = config.activation(bits)

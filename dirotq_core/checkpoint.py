@@ -60,7 +60,8 @@ def check_header(
 def check_values(name: str, tensor: torch.Tensor) -> None:
     """Raise CheckpointError for NaN and infinity in any tensor, and for values its kind cannot have.
 
-    Weight scales are not negative (0 is a row of zeros), smoothing factors are positive, signs are +1 or -1.
+    Weight scales are not negative (0 is a row of zeros), smoothing factors are positive, signs are +1 or -1, a
+    permutation holds every index once.
     """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise CheckpointError(f"tensor {name!r} holds NaN or infinity")
@@ -70,6 +71,8 @@ def check_values(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"tensor {name!r} holds a smoothing factor that is not positive")
     if name.endswith(".input_site.signs") and not (tensor.abs() == 1).all():
         raise CheckpointError(f"tensor {name!r} holds values other than +1 and -1")
+    if name.endswith(".input_site.permutation") and (tensor.sort().values.cpu() != torch.arange(len(tensor))).any():
+        raise CheckpointError(f"tensor {name!r} is not a permutation of 0 to {len(tensor) - 1}")
 
 
 def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

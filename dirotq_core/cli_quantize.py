@@ -33,7 +33,9 @@ def add_parser(commands: Any) -> None:
 
 def _add_method(group: Any) -> None:
     group.add_argument(
-        "--method", default="dirotq", help="dirotq, paper, hadamard, svdquant or rtn (default: %(default)s)"
+        "--method",
+        default="dirotq",
+        help="dirotq, paper, hadamard, svdquant, rtn or orbitquant[_w3, _w2] (default: %(default)s)",
     )
     group.add_argument("--rank", type=int, help="width of the 16-bit subspace (default: the method's, 64)")
     group.add_argument(
@@ -44,7 +46,7 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--activation-bits",
         type=int,
-        choices=(4, 8, 16),
+        choices=(3, 4, 6, 8, 16),
         help="default of the checkpoint; can be changed at run time",
     )
     group.add_argument("--keep", action="append", metavar="PATTERN", help="modules to leave in 16 bit; can be repeated")

@@ -13,10 +13,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from .activations import ACTIVATION_FORMATS
 from .methods import METHODS, check_activation, method
 from .register import register
-from .transforms import TRANSFORMS, aligned_rank
+from .transforms import aligned_rank
 
 FORMAT_VERSION = 1
-ACTIVATION_BITS = (4, 8, 16)
 MAX_JSON = 2000
 
 
@@ -42,8 +41,9 @@ class DiRotQConfig(QuantizationConfigMixin):
     Change `activation_bits` with `dirotq.set_activation_bits`.
 
     Args:
-        method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn".
-        activation_bits: 4, 8 or 16. A run-time choice: see `dirotq.set_activation_bits`.
+        method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn", or
+            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits).
+        activation_bits: 4, 8 or 16; with some methods also 3 or 6. A run-time choice: see `dirotq.set_activation_bits`.
         activation_format: replaces the method's format of as many bits, for example "codebook" (4 bits).
         rank: width r of the 16-bit subspace. Exclusive with `high_fraction`.
         high_fraction: that width as a share of the input width; 0.125 is the paper's.
@@ -85,9 +85,9 @@ class DiRotQConfig(QuantizationConfigMixin):
                 f"({FORMAT_VERSION}); upgrade dirotq"
             )
         chosen = method(self.method)
-        _check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
         if self.activation_format is not None:
             check_activation(self.activation_format, self.method)
+        _check_choice("activation_bits", self.activation_bits, self.activation_choices)
         if self.rank is not None and self.high_fraction is not None:
             raise ValueError(f"give rank ({self.rank}) or high_fraction ({self.high_fraction}), not both")
         if self.rank is not None:
@@ -100,7 +100,7 @@ class DiRotQConfig(QuantizationConfigMixin):
             and 0 <= self.high_fraction <= 0.5
         ):
             raise ValueError(f"high_fraction must be between 0 and 0.5, got {self.high_fraction!r}")
-        if not TRANSFORMS[chosen.transform].subspace and (self.rank or self.high_fraction):
+        if not chosen.input_transform.subspace and (self.rank or self.high_fraction):
             raise ValueError(
                 f"method {self.method!r} has no 16-bit subspace; leave rank and high_fraction unset, got "
                 + (f"rank {self.rank}" if self.rank else f"high_fraction {self.high_fraction}")
@@ -154,6 +154,12 @@ class DiRotQConfig(QuantizationConfigMixin):
         if method(self.method).transform == "dense_pca":  # what is left must be whole groups, too
             return min(wanted, features // 128 * 64)
         return min(wanted, features // 2)
+
+    @property
+    def activation_choices(self) -> tuple[int, ...]:
+        """The activation bits that the method has formats for, and 16."""
+        given = () if self.activation_format is None else (ACTIVATION_FORMATS[self.activation_format].bits,)
+        return (*sorted({*method(self.method).activations, *given}), 16)
 
     def activation(self, bits: int) -> str | None:
         """Name of the activation format for `bits`, None for 16."""

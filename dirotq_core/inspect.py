@@ -147,7 +147,8 @@ def _rows(
     for name, n in zip(plan.linears, plan.out_features, strict=True):
         own = sum(entries[f"{name}.{k}"].bytes for k in plan.linear_spec(n))
         bits = config.activation_bits if plan.quantize_input else 16
-        yield LinearRow(name, n, plan.in_features, f"W4A{bits}", plan.rank, own + site * n / total_out, known.get(name))
+        scheme = f"W{plan.format.bits}A{bits}"
+        yield LinearRow(name, n, plan.in_features, scheme, plan.rank, own + site * n / total_out, known.get(name))
 
 
 def format_table(result: Inspection, limit: int | None = None) -> str:

@@ -12,14 +12,11 @@ import torch
 
 from .codebooks import WeightFormat, weight_format
 from .config import DiRotQConfig
-from .methods import method
+from .methods import WEIGHT_ONLY_FORMAT, method
 from .patterns import ModulePatterns
-from .transforms import SITE_DTYPES, TRANSFORMS, Transform
+from .transforms import SITE_DTYPES, Transform
 
 logger = logging.getLogger(__name__)
-
-#: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
-WEIGHT_ONLY_FORMAT = "codebook_g64"
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -33,6 +30,7 @@ class SitePlan:
         rank: r. quantize_input: False for W4A16.
         method: name in `METHODS`; None for a modulation layer, which sees no transform.
         seed: of this site's random signs, derived from its name so that it does not depend on the other sites.
+        plain_format: weight format where there is no method.
     """
 
     linears: tuple[str, ...]
@@ -42,6 +40,7 @@ class SitePlan:
     quantize_input: bool
     method: str | None
     seed: int
+    plain_format: str = WEIGHT_ONLY_FORMAT
 
     @property
     def owner(self) -> str:
@@ -49,11 +48,11 @@ class SitePlan:
 
     @property
     def transform(self) -> Transform | None:
-        return TRANSFORMS[method(self.method).transform] if self.method else None
+        return method(self.method).input_transform if self.method else None
 
     @property
     def format(self) -> WeightFormat:
-        return weight_format(method(self.method).weight_format if self.method else WEIGHT_ONLY_FORMAT)
+        return method(self.method).weights if self.method else weight_format(self.plain_format)
 
     @property
     def low_features(self) -> int:
@@ -75,7 +74,7 @@ class SitePlan:
     def linear_spec(self, out_features: int) -> Spec:
         """Shape and dtype of each tensor of a linear with `out_features` rows, bias excepted."""
         k = self.low_features
-        spec: Spec = {"weight": ((out_features, k // 2), torch.uint8)}
+        spec: Spec = {"weight": ((out_features, self.format.packed_columns(k)), torch.uint8)}
         if self.rank:
             spec["low_rank"] = ((out_features, self.rank), torch.bfloat16)
         if self.format.grouped:  # many: 16 bit
@@ -169,4 +168,5 @@ def _plan(
         quantize_input=quantize_input,
         method=None if modulation else config.method,
         seed=site_seed(members[0], config.seed),
+        plain_format=method(config.method).modulation_format,
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..kernels import ops, unpack_int4
-from .activations import ACTIVATION_FORMATS, fake_quantize
+from ..kernels import ops, widen
+from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from .layout import SitePlan, Spec
 from .transforms import hadamard_block
+
+logger = logging.getLogger(__name__)
 
 
 class SiteOutput(NamedTuple):
@@ -49,6 +53,18 @@ def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
     }
 
 
+def _say_slower(kind: str, what: str) -> None:
+    """Said once: PyTorch operations where a kernel could be."""
+    if not torch.compiler.is_compiling():  # a log line would break the graph
+        _say_once(kind, what)
+
+
+@cache
+def _say_once(kind: str, what: str) -> None:
+    if kind != "cpu":  # everything is PyTorch there
+        logger.warning("dirotq: %s; this works in plain PyTorch and is slower than 4 bits", what)
+
+
 class InputSite(nn.Module):
     """Rotates and quantizes an input once for all linears that read it.
 
@@ -67,7 +83,7 @@ class InputSite(nn.Module):
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
         self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
-        self.block = hadamard_block(plan.in_features)
+        self.block = plan.transform.block(plan.in_features) if plan.transform else hadamard_block(plan.in_features)
         for name, parameter in _empty(plan.site_spec(), device).items():
             self.register_parameter(name, parameter)
 
@@ -85,7 +101,12 @@ class InputSite(nn.Module):
     @property
     def fused(self) -> bool:
         """Whether the op `rotate_quantize` computes this site."""
-        return self.activation is not None and ACTIVATION_FORMATS[self.activation].lattice
+        return self.activation is not None and ACTIVATION_FORMATS[self.activation].op_mode
+
+    def permuted(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] in the order of columns that the ops see."""
+        permutation = self.tensor("permutation")
+        return x if permutation is None else x.index_select(1, permutation)
 
     def forward(self, x: torch.Tensor) -> SiteOutput:
         """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once."""
@@ -112,7 +133,7 @@ class InputSite(nn.Module):
         out = self.compute(x)
         y = ops.linear_a8_siblings(
             out.a, out.scale, out.z,
-            [m.weight for m in self.members], [m.weight_scale for m in self.members],
+            [m.codes for m in self.members], [m.weight_scale for m in self.members],
             [m.low_rank for m in self.members if m.low_rank is not None],
             [m.bias for m in self.members if m.bias is not None],
             self.members[0].table, x.dtype,
@@ -139,12 +160,20 @@ class InputSite(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         if self.fused:
             basis, signs = self.tensor("basis"), self.tensor("signs")
-            codes, scale, z = ops.rotate_quantize(x, basis, signs, self.block, self.activation)
+            codes, scale, z = ops.rotate_quantize(self.permuted(x), basis, signs, self.block, self.activation)
             return SiteOutput(codes, scale, z if self.rank else None)
         v, z = self.transform(x)
-        if self.activation is not None:
-            v = fake_quantize(v, ACTIVATION_FORMATS[self.activation])
-        return SiteOutput(v, None, z if self.rank else None)
+        z = z if self.rank else None
+        if self.activation is None:
+            return SiteOutput(v, None, z)
+        fmt = ACTIVATION_FORMATS[self.activation]
+        if not fmt.lattice:
+            return SiteOutput(fake_quantize(v, fmt), None, z)
+        _say_slower(x.device.type, f"{fmt.bits}-bit activations are rounded by no kernel")
+        codes, scale = quantize_to_table(v.detach(), fmt)
+        if torch.is_grad_enabled() and v.requires_grad:  # straight through: codes carry no gradient
+            return SiteOutput(v + (codes * scale[:, None] - v).detach().to(v.dtype), None, z)
+        return SiteOutput(codes, scale, z)
 
     def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
@@ -152,16 +181,16 @@ class InputSite(nn.Module):
         if transform is None:
             return x, x.new_zeros(len(x), 0, dtype=torch.bfloat16)
         if transform.kernel:
-            return ops.rotate(x, self.tensor("basis"), self.tensor("signs"), self.block)
+            return ops.rotate(self.permuted(x), self.tensor("basis"), self.tensor("signs"), self.block)
         v, z = transform.apply(x, self.tensors())
         return v, z.to(torch.bfloat16)
 
 
 class DiRotQLinear(nn.Linear):
-    """A linear with packed 4-bit weights: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b.
+    """A linear with packed weights of 2 to 4 bits: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b.
 
-    A subclass of `nn.Linear`, so that PEFT and diffusers treat it as one. `weight` is uint8 [N, K'/2], column 2j in
-    the low nibble; `weight_scale`, `low_rank` and `bias` as in `SitePlan.linear_spec`.
+    A subclass of `nn.Linear`, so that PEFT and diffusers treat it as one. `weight` is uint8 [N, K'·b/8], the
+    first column in the lowest bits; `weight_scale`, `low_rank` and `bias` as in `SitePlan.linear_spec`.
 
     Args:
         plan: the linear's site. index: which of its linears this is. site: shared with the siblings.
@@ -178,7 +207,8 @@ class DiRotQLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plan.in_features, plan.out_features[index]
         self.plan = plan
-        self.table = list(plan.format.table)
+        self.table = plan.format.table16
+        self.bits = plan.format.bits
         self.compute_dtype = dtype  # PEFT casts a LoRA's input to it
         parameters = _empty(plan.linear_spec(self.out_features), device)
         if bias:
@@ -200,12 +230,20 @@ class DiRotQLinear(nn.Linear):
         return own if isinstance(own, InputSite) else self._shared_site[0]
 
     def extra_repr(self) -> str:
-        kind = f"W4A{self.activation_bits}"
+        kind = f"W{self.plan.format.bits}A{self.activation_bits}"
         return f"{self.in_features}, {self.out_features}, {kind}, rank={self.plan.rank}, bias={self.bias is not None}"
 
     @property
+    def codes(self) -> torch.Tensor:
+        """The weight in the ops' layout, uint8 [N, K'/2]: itself at 4 bits, else widened for the moment."""
+        if self.bits == 4:
+            return self.weight
+        _say_slower(self.weight.device.type, f"{self.bits}-bit weights are widened to 4 bits before every product")
+        return widen(self.weight, self.bits)
+
+    @property
     def activation_bits(self) -> int:
-        """Bits of the activations at present: 4, 8 or 16."""
+        """Bits of the activations at present; 16 where they are not quantized."""
         name = self.site.activation
         return 16 if name is None else ACTIVATION_FORMATS[name].bits
 
@@ -216,28 +254,18 @@ class DiRotQLinear(nn.Linear):
             # Integer codes carry no gradient; this op does, with the straight-through estimator. It holds rotation
             # and product in one, so siblings do not share theirs while an adapter is trained.
             y = ops.linear(
-                x.reshape(-1, self.in_features), site.tensor("basis"), site.tensor("signs"), site.block,
-                site.activation, self.weight, self.weight_scale, self.low_rank, self.bias, self.table,
+                site.permuted(x.reshape(-1, self.in_features)), site.tensor("basis"), site.tensor("signs"), site.block,
+                site.activation, self.codes, self.weight_scale, self.low_rank, self.bias, self.table,
             )  # fmt: skip
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
-        elif site.fused:
-            out = site(x)
+        elif (out := site(x)).scale is not None:
             y = ops.linear_a8(
-                out.a,
-                out.scale,
-                out.z,
-                self.weight,
-                self.weight_scale,
-                self.low_rank,
-                self.bias,
-                self.table,
-                x.dtype,
+                out.a, out.scale, out.z, self.codes, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
             )
         else:
-            out = site(x)
             scale = self.weight_scale.reshape(self.out_features, -1)
-            y = ops.linear_a16(out.a, out.z, self.weight, scale, self.low_rank, self.bias, self.table)
+            y = ops.linear_a16(out.a, out.z, self.codes, scale, self.low_rank, self.bias, self.table)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -258,5 +286,5 @@ def dense_weight(plan: SitePlan, linear: Mapping[str, torch.Tensor], site: Mappi
     """
     fmt, packed = plan.format, linear["weight"]
     scale = linear["weight_scale"].float().reshape(len(packed), -1)
-    w = fmt.decode(unpack_int4(packed)) * fmt.expand(scale, plan.low_features)
+    w = fmt.decode(fmt.unpack(packed)) * fmt.expand(scale, plan.low_features)
     return plan.transform.unfold(w, linear.get("low_rank"), site) if plan.transform else w

@@ -1,7 +1,7 @@
 """Quantization methods as data: transform × weight format × activation formats × rounding.
 
-A new method is a row here (and, if it brings one, a transform); kernels, checkpoints, the diffusers backend and the
-ComfyUI nodes read the row.
+A new method is a row here, with a transform and a weight format of its own where it brings them; kernels, checkpoints,
+the diffusers backend and the ComfyUI nodes read the row.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .activations import ACTIVATION_FORMATS
-from .codebooks import weight_format
-from .transforms import TRANSFORMS
+from .codebooks import WeightFormat, weight_format
+from .transforms import TRANSFORMS, Transform
+
+#: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
+WEIGHT_ONLY_FORMAT = "codebook_g64"
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,18 @@ class Method:
     """One method.
 
     Attributes:
-        transform: key of `TRANSFORMS`. weight_format: key of `WEIGHT_FORMATS`.
+        transform: key of `TRANSFORMS`, or one of the method's own. weight_format: likewise, of `WEIGHT_FORMATS`.
         activations: activation bits → key of `ACTIVATION_FORMATS`; 16 needs no entry.
         rounding: "nearest" or "gptq" when calibrated; without calibration always "nearest".
         rank: default r; None means `high_fraction` of the width.
         basis: how the 16-bit subspace is found, "pca" or "joint".
         needs_calibration: cannot be made without activations.
+        modulation_format: key of `WEIGHT_FORMATS` for modulation layers, which see no transform.
         source: where the construction is published.
     """
 
-    transform: str
-    weight_format: str
+    transform: str | Transform
+    weight_format: str | WeightFormat
     activations: Mapping[int, str]
     rounding: str
     source: str
@@ -37,11 +41,22 @@ class Method:
     high_fraction: float | None = None
     basis: str = "pca"
     needs_calibration: bool = False
+    modulation_format: str = WEIGHT_ONLY_FORMAT
 
     @property
     def fused(self) -> bool:
         """Whether the fused kernels run it: a kernel transform, one weight scale per row, codes on the int8 lattice."""
-        return TRANSFORMS[self.transform].kernel and not weight_format(self.weight_format).grouped
+        return self.input_transform.kernel and not self.weights.grouped
+
+    @property
+    def input_transform(self) -> Transform:
+        """What inputs go through."""
+        return TRANSFORMS[self.transform] if isinstance(self.transform, str) else self.transform
+
+    @property
+    def weights(self) -> WeightFormat:
+        """What weights are rounded to."""
+        return weight_format(self.weight_format) if isinstance(self.weight_format, str) else self.weight_format
 
 
 METHODS: dict[str, Method] = {
@@ -57,6 +72,15 @@ METHODS: dict[str, Method] = {
         "subspace_hadamard", "codebook", {4: "codebook", 8: "int8"}, "nearest", rank=0,
         source="randomized block Hadamard, QuaRot (arXiv 2404.00456)",
     ),
+    **{
+        name: Method(
+            "permuted_hadamard", weights, {3: "lloyd3", 4: "codebook", 6: "lloyd6", 8: "int8"}, "nearest", rank=0,
+            modulation_format="int4_g64", source=f"OrbitQuant, arXiv 2607.02461, {bits}-bit weights",
+        )
+        for name, weights, bits in (
+            ("orbitquant", "lloyd4", 4), ("orbitquant_w3", "lloyd3", 3), ("orbitquant_w2", "lloyd2", 2),
+        )
+    },
     "svdquant": Method(
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",

@@ -1,4 +1,4 @@
-"""Rounding weights to a 4-bit format: scales, round to nearest, GPTQ."""
+"""Rounding weights to a format of few bits: scales, round to nearest, GPTQ."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Rounded:
 def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor | None) -> torch.Tensor:
     """Scales [N, G] float32 that minimize Σ_k h_k (w_k − ŵ_k)² per row (and group) over a grid of factors.
 
+    A format whose scales are not searched has those of its rms.
+
     Args:
         w: [N, K]. importance: h [K], the second moment's diagonal, or None for equal weights.
     """
@@ -45,7 +47,7 @@ def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor |
     h = torch.where((said > 0) & torch.isfinite(said), h, 1.0)
     start = w.square().mean(-1, keepdim=True).sqrt() / fmt.rms
     best_scale, best_error = start, torch.full_like(start, torch.inf)
-    for factor in SCALE_FACTORS:
+    for factor in SCALE_FACTORS if fmt.searched else ():
         scale = start * factor
         error = (fmt.decode(fmt.encode(_divide(w, scale))) * scale - w).square().mul_(h).sum(-1, keepdim=True)
         better = error < best_error

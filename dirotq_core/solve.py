@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..kernels import pack_int4
 from .config import DiRotQConfig
 from .layout import SitePlan
 from .rounding import Rounded, round_gptq, round_nearest
@@ -103,7 +102,7 @@ def _split(plan: SitePlan, rounded: Rounded, low_rank: torch.Tensor | None) -> l
     for n in plan.out_features:
         rows = slice(start, start + n)
         spec = plan.linear_spec(n)
-        tensors = {"weight": pack_int4(rounded.codes[rows]), "weight_scale": rounded.scale[rows]}
+        tensors = {"weight": plan.format.pack(rounded.codes[rows]), "weight_scale": rounded.scale[rows]}
         if low_rank is not None and plan.rank:
             tensors["low_rank"] = low_rank[rows]
         out.append({k: t.to("cpu", spec[k][1]).reshape(spec[k][0]).contiguous() for k, t in tensors.items()})

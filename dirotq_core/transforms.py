@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import hadamard_matrix
+from ..kernels import block_hadamard, hadamard_matrix
 from .codebooks import GROUP_SIZE
 from .rounding import DOUBLE_WIDTH
 from .subspace import eigenvectors_ascending, joint_basis, pca_basis
@@ -40,11 +40,23 @@ class SiteStatistics:
     moment: torch.Tensor | None
 
 
+def hadamard_block(features: int) -> int:
+    """The largest power of two that divides K, at most 128."""
+    return min(features & -features, MAX_HADAMARD_BLOCK)
+
+
+def widest_block(features: int) -> int:
+    """The largest power of two that divides K."""
+    return features & -features
+
+
 @dataclass(frozen=True)
 class Transform:
     """`prepare`, `apply`, `fold` as the module docstring says.
 
-    `kernel` says that the fused ops of `dirotq.kernels` compute `apply`; the others run as PyTorch operations.
+    `kernel` says that the fused ops of `dirotq.kernels` compute `apply` (of x[:, permutation] if that is one of its
+    tensors), with Hadamard blocks of `block(K)` columns; the others run as PyTorch operations.
+    Without a moment `prepare` must not look at the weights: `from_pretrained` quantizes siblings one at a time.
     `subspace` says that it has a 16-bit part, so that a rank makes sense.
     `shapes(K, r)` gives the stored tensors' shapes, `low_features(K, r)` the width K' of v.
     """
@@ -57,6 +69,7 @@ class Transform:
     kernel: bool
     subspace: bool
     fast_unfold: Callable[[torch.Tensor, torch.Tensor | None, Tensors], torch.Tensor] | None = None
+    block: Callable[[int], int] = hadamard_block
 
     def unfold(self, w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
         """The dense W [N, K] float32 that w [N, K'] and L [N, r] stand for, with x Wᵀ = z Lᵀ + v wᵀ for every x."""
@@ -67,11 +80,6 @@ class Transform:
         v, z = self.apply(torch.eye(features, dtype=w.dtype, device=w.device), t)
         dense = v @ w.T
         return (dense if low_rank is None else dense + z @ low_rank.to(w.dtype).T).T
-
-
-def hadamard_block(features: int) -> int:
-    """The largest power of two that divides K, at most 128."""
-    return min(features & -features, MAX_HADAMARD_BLOCK)
 
 
 def random_signs(features: int, seed: int) -> torch.Tensor:
@@ -145,6 +153,25 @@ def _unfold_hadamard(w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors)
     return dense.addmm_(low, u.T)
 
 
+# --- randomized permuted block Hadamard (OrbitQuant, arXiv 2607.02461): v = x P D H, as wide a block as divides K ----
+
+
+def _prepare_permuted(s: SiteStatistics) -> Tensors:
+    generator = torch.Generator().manual_seed(s.seed + 1)  # not the signs' own stream
+    permutation = torch.randperm(s.features, generator=generator).to(torch.int32)
+    return {"signs": random_signs(s.features, s.seed), "permutation": permutation}
+
+
+def _apply_permuted(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    v = x.index_select(1, t["permutation"].to(x.device)) * t["signs"].to(x.device, x.dtype)
+    return block_hadamard(v, widest_block(v.shape[1])), _empty_z(x)
+
+
+def _unfold_permuted(w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
+    dense = block_hadamard(w, widest_block(w.shape[1])) * t["signs"].to(w.device, w.dtype)
+    return dense.index_select(1, t["permutation"].to(w.device).argsort())
+
+
 # --- dense PCA rotation, as published: [z, v] = x V R -------------------------------------------------------------
 
 
@@ -204,6 +231,11 @@ TRANSFORMS: dict[str, Transform] = {
         shapes=lambda k, r: {"signs": (k,), **({"basis": (k, r)} if r else {})},
         low_features=lambda k, r: k, kernel=True, subspace=True, fast_unfold=_unfold_hadamard,
     ),
+    "permuted_hadamard": Transform(
+        _prepare_permuted, _apply_permuted, _apply_permuted,
+        shapes=lambda k, r: {"signs": (k,), "permutation": (k,)},
+        low_features=lambda k, r: k, kernel=True, subspace=False, fast_unfold=_unfold_permuted, block=widest_block,
+    ),
     "dense_pca": Transform(
         _prepare_dense, _apply_dense, _apply_dense,
         shapes=lambda k, r: {"rotation": (k, k - r), "basis": (k, r)},
@@ -220,6 +252,7 @@ TRANSFORMS: dict[str, Transform] = {
 SITE_DTYPES = {
     "basis": torch.bfloat16,
     "signs": torch.int8,
+    "permutation": torch.int32,
     "rotation": torch.bfloat16,
     "smooth": torch.float32,
 }

@@ -16,6 +16,7 @@ from .lattice import (
     pack_int4,
     unpack_int4,
 )
+from .narrow import pack_bits, unpack_bits, widen
 from .ops import API_VERSION, dequantize, linear, linear_a8, linear_a8_siblings, linear_a16, rotate, rotate_quantize
 
 __all__ = [
@@ -34,9 +35,12 @@ __all__ = [
     "linear_a8",
     "linear_a8_siblings",
     "linear_a16",
+    "pack_bits",
     "pack_int4",
     "rotate",
     "rotate_quantize",
     "round_columns",
+    "unpack_bits",
     "unpack_int4",
+    "widen",
 ]

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+#: Wider blocks are computed as Kronecker products.
+LARGEST_FACTOR = 128
+
 
 def hadamard_matrix(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """Normalized Sylvester Hadamard matrix [n, n], H[i, j] = (-1)^popcount(i & j) / √n: its own inverse.
@@ -20,6 +23,10 @@ def block_hadamard(v: Tensor, block: int) -> Tensor:
     if v.shape[-1] % block:
         raise ValueError(f"the last dimension is {v.shape[-1]}; it must be a multiple of the block {block}")
     # The factor comes after the sum of exact ±v terms, as in the kernels.
+    if block > LARGEST_FACTOR:
+        # H of a·b columns is the Kronecker product of H of a and of b: a + b products per value instead of a·b.
+        a, b = (_signs(n, v.device).to(v.dtype) for n in (block // LARGEST_FACTOR, LARGEST_FACTOR))
+        return ((a @ (v.reshape(-1, len(a), len(b)) @ b)) * block**-0.5).view(v.shape)
     signs = _signs(block, v.device).to(v.dtype)
     return ((v.reshape(-1, block) @ signs) * block**-0.5).view(v.shape)
 

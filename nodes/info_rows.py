@@ -132,4 +132,5 @@ def scheme(params: Any) -> str:
     """What a weight with these parameters of the layout is called in the list: "W4A4", "W4A8", "W4A16"."""
     from ..dirotq_core.activations import ACTIVATION_FORMATS
 
-    return f"W4A{16 if params.activation is None else ACTIVATION_FORMATS[params.activation].bits}"
+    activation = 16 if params.activation is None else ACTIVATION_FORMATS[params.activation].bits
+    return f"W{params.plan.format.bits if params.plan else 4}A{activation}"

@@ -19,12 +19,12 @@ from comfy_kitchen.tensor import (
     register_layout_op,
 )
 
-from ..dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize
+from ..dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.linear import dense_weight
 from ..dirotq_core.rounding import round_nearest
-from ..dirotq_core.transforms import SITE_DTYPES, hadamard_block
-from ..kernels import ops, pack_int4, reference
+from ..dirotq_core.transforms import SITE_DTYPES
+from ..kernels import ops, reference, widen
 
 LAYOUT = "DiRotQLayout"
 
@@ -52,6 +52,7 @@ class Params(BaseLayoutParams):
     low_rank: torch.Tensor | None = None
     basis: torch.Tensor | None = None
     signs: torch.Tensor | None = None
+    permutation: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
     down: torch.Tensor | None = None
@@ -103,7 +104,7 @@ class DiRotQLayout(QuantizedLayout):
             moved, low_rank = plan.transform.fold(moved, old.site())
         rounded = round_nearest(moved, plan.format)
         codes, scale = codes.clone(), old.scale.clone()
-        codes[changed] = pack_int4(rounded.codes)
+        codes[changed] = plan.format.pack(rounded.codes)
         scale[changed] = rounded.scale.reshape(-1, *scale.shape[1:]).to(scale.dtype)
         new = dataclasses.replace(old, scale=scale)
         if old.low_rank is not None and low_rank is not None:
@@ -150,19 +151,33 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     p, codes = weight._params, weight._qdata
     plan, how = _plan(p), reference if p.plain else ops
     rows = x.reshape(-1, x.shape[-1])
-    table = list(plan.format.table)
-    if p.activation is not None and ACTIVATION_FORMATS[p.activation].lattice:
-        a, scale, z = how.rotate_quantize(rows, p.basis, p.signs, hadamard_block(plan.in_features), p.activation)
-        z = z if plan.rank else None
+    table, codes = plan.format.table16, widen(codes, plan.format.bits)
+    fmt = None if p.activation is None else ACTIVATION_FORMATS[p.activation]
+    z: torch.Tensor | None
+    if fmt is not None and fmt.lattice:
+        a, scale, z = _lattice(rows, p, plan, how)
         y = how.linear_a8(a, scale, z, codes, p.scale, p.low_rank, bias, table, x.dtype)
     else:
         v, z = _transform(rows, p, plan)
-        if p.activation is not None:
-            v = fake_quantize(v, ACTIVATION_FORMATS[p.activation])
+        if fmt is not None:
+            v = fake_quantize(v, fmt)
         y = how.linear_a16(v, z, codes, p.scale.reshape(len(codes), -1), p.low_rank, bias, table)
     if p.up is not None and p.down is not None:
         y = y + ((rows @ p.down.to(x.dtype).T) @ p.up.to(x.dtype).T)
     return y.reshape(*x.shape[:-1], len(codes))
+
+
+def _lattice(
+    rows: torch.Tensor, p: Params, plan: SitePlan, how: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes int8 [M, K], their scale [M], and z [M, r] or None."""
+    fmt = ACTIVATION_FORMATS[p.activation or ""]
+    if not fmt.op_mode or plan.transform is None:
+        v, z = _transform(rows, p, plan)
+        return (*quantize_to_table(v, fmt), z)
+    rows = rows if p.permutation is None else rows.index_select(1, p.permutation)
+    a, scale, z = how.rotate_quantize(rows, p.basis, p.signs, plan.transform.block(plan.in_features), p.activation)
+    return a, scale, z if plan.rank else None
 
 
 def _transform(rows: torch.Tensor, p: Params, plan: SitePlan) -> tuple[torch.Tensor, torch.Tensor | None]:

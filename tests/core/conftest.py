@@ -95,3 +95,19 @@ def run():
         ).sample
 
     return forward
+
+
+@pytest.fixture(scope="session")
+def reload():
+    """reload(model, folder): a float32 model of that class from `folder`, in memory of its own.
+
+    A mapped file's tensors are aligned as it happens, and float32 products on a CPU differ in the last bit with that.
+    """
+
+    def load(model, folder):
+        again = type(model).from_pretrained(folder, torch_dtype=torch.float32)
+        for p in again.parameters():
+            p.data = p.data.clone()
+        return again
+
+    return load

@@ -95,7 +95,7 @@ def test_a_zero_group_beside_a_live_one(w, fmt):
     got = round_gptq(w, fmt, hessian(400))
     assert torch.isfinite(dequantized(got, fmt)).all()
     live = (dequantized(got, fmt) - w)[2, 64:].square().sum() / w[2, 64:].square().sum()
-    assert live < 0.1
+    assert live < {4: 0.1, 3: 0.2, 2: 0.4}[fmt.bits]
 
 
 def test_dead_columns_are_rounded_by_themselves(w, fmt):

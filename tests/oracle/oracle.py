@@ -11,7 +11,14 @@ POSITIVE = np.array([4, 13, 22, 32, 44, 56, 72, 96])
 CODEBOOK = np.array([(-1 if code & 8 else 1) * POSITIVE[code & 7] for code in range(16)], dtype=np.float64)
 #: code -> value of a two's complement nibble.
 INT4 = np.array([code - 16 if code >= 8 else code for code in range(16)], dtype=np.float64)
-TABLES = {"codebook": CODEBOOK, "codebook_g64": CODEBOOK, "int4_g64": INT4}
+TABLES = {
+    "codebook": CODEBOOK,
+    "codebook_g64": CODEBOOK,
+    "int4_g64": INT4,
+    "lloyd4": CODEBOOK,
+    "lloyd3": np.array([6, 18, 32, 52, -6, -18, -32, -52], dtype=np.float64),
+    "lloyd2": np.array([36, 120, -36, -120], dtype=np.float64),
+}
 GROUP = 64
 
 
