@@ -150,6 +150,9 @@ class DiRotQQuantizer(DiffusersQuantizer):
         for file in self._files:
             if file.suffix != ".safetensors":
                 raise CheckpointError(f"{file} is no safetensors file; dirotq reads no other")
+            # An index may name any path; diffusers 0.42 refuses that as well, older ones join it to the folder's.
+            if not (file.parent / "config.json").exists() and not any(file.parent.glob("*.index*.json")):
+                raise CheckpointError(f"{file} is outside the folder of the checkpoint's config.json")
         readable = bool(self._files) and all(f.is_file() for f in self._files)
         if readable and self._offloads_to_disk:
             check_files(self._files, self._spec)  # the loader will show us no tensor
