@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import is_peft_available
 from torch import nn
 
 from .activations import ACTIVATION_FORMATS
@@ -28,6 +29,7 @@ from .diffusers_habits import ignore_fusing, stop_ignoring_fusing, teach_flux_lo
 from .files import check_files, check_headers, read_headers
 from .layout import SitePlan, linear_at, plan_sites
 from .linear import DiRotQLinear, InputSite
+from .peft_habits import forget_merging, teach_peft
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,9 @@ class DiRotQQuantizer(DiffusersQuantizer):
         for file in self._files:
             if file.suffix != ".safetensors":
                 raise CheckpointError(f"{file} is no safetensors file; dirotq reads no other")
+            # An index may name any path; diffusers 0.42 refuses that as well, older ones join it to the folder's.
+            if not (file.parent / "config.json").exists() and not any(file.parent.glob("*.index*.json")):
+                raise CheckpointError(f"{file} is outside the folder of the checkpoint's config.json")
         readable = bool(self._files) and all(f.is_file() for f in self._files)
         if readable and self._offloads_to_disk:
             check_files(self._files, self._spec)  # the loader will show us no tensor
@@ -248,6 +253,11 @@ class DiRotQQuantizer(DiffusersQuantizer):
             )
         if any(".base_layer." in name for name in state_dict):
             raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
+        if any(name.endswith(".input_site.absorbed") for name in state_dict):
+            raise ValueError(
+                "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
+                "model and the LoRA stay two files"
+            )
         return state_dict, {}
 
     def _dequantize(self, model: Any) -> Any:
@@ -260,6 +270,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
         stop_ignoring_fusing(model)
+        forget_merging(model)
         for name in ("_skip_layerwise_casting_patterns", "_repeated_blocks"):
             vars(model).pop(name, None)  # `_finish` hid the class's own
         return model
@@ -300,6 +311,8 @@ def _finish(model: Any) -> None:
     ignore_fusing(model)
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         teach_flux_loras()
+    if is_peft_available():
+        teach_peft(model)
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
         _hint_at_eight_bits()

@@ -13,7 +13,16 @@ CheckpointSpec = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint does not hold what its configuration says; the message names the tensor."""
+    """A checkpoint does not hold what its configuration says; the message names the tensor.
+
+    One line of at most `LIMIT` characters, whatever a file's own names and values put into it.
+    """
+
+    LIMIT = 1000
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= self.LIMIT else line[: self.LIMIT - 2] + " …")
 
 
 def expected_tensors(plans: Iterable[SitePlan], biases: Mapping[str, bool]) -> Spec:

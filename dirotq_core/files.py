@@ -77,7 +77,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if not _is_plain(name):
+                raise CheckpointError(f"{index} names {name[:100]!r}, which is no .safetensors file of its own folder")
+        files = [folder / name for name in names]
     elif (folder / WEIGHTS_NAME).is_file():
         files = [folder / WEIGHTS_NAME]
     else:
@@ -88,6 +92,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
     return files
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a safetensors file without a way out of the folder, on any system. Links are not looked at: the
+    Hub's cache consists of them, and a file's content makes none."""
+    return name.endswith(".safetensors") and name.isprintable() and not any(c in name for c in "/\\:")
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
@@ -113,7 +123,9 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             header = _json_object(f.read(length))
         except ValueError as error:
             raise CheckpointError(f"{file}: its header {error}") from error
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{file}: its __metadata__ is no JSON object of strings")
     entries = {name: _entry(file, name, fields) for name, fields in header.items()}
     _check_extents(file, entries, size - 8 - length)
     return entries
@@ -130,6 +142,8 @@ def _entry(file: Path, name: str, fields: Any) -> TensorEntry:
         raise CheckpointError(f"{where} has shape {shape!r}, not a list of non-negative integers")
     if not (_naturals(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise CheckpointError(f"{where} has data_offsets {offsets!r}, not [begin, end] with 0 <= begin <= end")
+    if prod(max(n, 1) for n in shape) >= 2**60:  # empty ones as well: their strides would overflow
+        raise CheckpointError(f"{where} has a shape of more than 2⁶⁰ elements")
     entry = TensorEntry(file, DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
     needed = prod(shape) * entry.dtype.itemsize
     if entry.bytes != needed:

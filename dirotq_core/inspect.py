@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .architectures import recipe_for
 from .checkpoint import CheckpointError, checkpoint_tensors
 from .config import DiRotQConfig
 from .files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
 from .layout import SitePlan, plan_sites
 from .report import QuantizationReport
+
+#: Bounds on a configuration, far above any model's. Values of the table of positions: 1 GiB in float64.
+MAX_LAYERS, MAX_SIZE, MAX_POSITIONS = 128, 2**20, 2**27
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,35 @@ def skeleton(raw: dict) -> Any:
     from accelerate import init_empty_weights
 
     name = raw.get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    try:
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    except (ImportError, RuntimeError):  # a class whose own requirements are not installed
+        found = None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise ValueError(f"_class_name is {name!r}, which is no model class of diffusers")
     cls: Any = found
+    recipe_for(cls)
+    _check_sizes(raw)
     try:
         with init_empty_weights():
             return cls.from_config({k: v for k, v in raw.items() if k != "quantization_config"})
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be made with these values: {error}") from error
+    except Exception as error:  # another project's constructor: what it raises for values of any type is open
+        raise ValueError(f"{name} cannot be made with these values: {type(error).__name__}: {error}") from error
+
+
+def _check_sizes(raw: Mapping[str, Any]) -> None:
+    """ValueError for a model so large that even its empty skeleton would take the machine's memory or hours."""
+    for name, value in raw.items():
+        limit = MAX_LAYERS if name.startswith("num_") and name.endswith("layers") else MAX_SIZE
+        if isinstance(value, int) and abs(value) > limit:
+            raise ValueError(f"{name} is {str(value)[:30]}; at most {limit} is supported")
+    # PixArt computes its table of positions when it is made: (sample_size / patch_size)² rows.
+    numbers = [raw.get(n) for n in ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")]
+    size, patch, heads, width = (
+        n if isinstance(n, int) and n > 0 else d for n, d in zip(numbers, (1, 2, 16, 72), strict=True)
+    )
+    if (size // patch) ** 2 * heads * width > MAX_POSITIONS:
+        raise ValueError(f"sample_size {size} with patch_size {patch} makes a table of positions too large to hold")
 
 
 def _rows(

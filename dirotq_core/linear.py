@@ -22,7 +22,8 @@ class SiteOutput(NamedTuple):
     """What siblings share of one input x [M, K].
 
     a: int8 lattice codes [M, K'], or the 4-bit part in x's dtype where no fused kernel applies.
-    scale: float32 [M] of the codes, None with a float `a`. z: bfloat16 [M, r], the 16-bit part.
+    scale: float32 [M] of the codes, None with a float `a`. z: bfloat16 [M, r], the 16-bit part; [M, r + q] where
+    LoRAs of q rows in all are absorbed.
     """
 
     a: torch.Tensor
@@ -68,11 +69,14 @@ def _say_once(kind: str, what: str) -> None:
 class InputSite(nn.Module):
     """Rotates and quantizes an input once for all linears that read it.
 
-    Parameters are those of `SitePlan.site_spec`: `basis` bfloat16 [K, r], `signs` int8 [K], …
+    Parameters are those of `SitePlan.site_spec`: `basis` bfloat16 [K, r], `signs` int8 [K], …; and `absorbed`, None
+    or bfloat16 [q, K], the down-projections of absorbed LoRAs (see `absorb`).
 
     Args:
         plan: the site. activation: key of `ACTIVATION_FORMATS`, None for 16-bit activations. memo: the model's slot.
     """
+
+    absorbed: torch.Tensor | None
 
     def __init__(self, plan: SitePlan, activation: str | None, memo: SiteMemo, device: torch.device | str = "meta"):
         super().__init__()
@@ -84,8 +88,10 @@ class InputSite(nn.Module):
         self.memo = memo
         self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
         self.block = plan.transform.block(plan.in_features) if plan.transform else hadamard_block(plan.in_features)
+        self.absorptions: list[tuple[int, int]] = []  # (number, rows) of each LoRA in `absorbed`; see `absorb`
         for name, parameter in _empty(plan.site_spec(), device).items():
             self.register_parameter(name, parameter)
+        self.register_parameter("absorbed", None)  # bfloat16 [q, K], never in a checkpoint
 
     def extra_repr(self) -> str:
         return f"in_features={self.plan.in_features}, rank={self.plan.rank}, activation={self.activation}"
@@ -95,8 +101,8 @@ class InputSite(nn.Module):
         return self._parameters.get(name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the site."""
-        return {name: p for name, p in self._parameters.items() if p is not None}
+        """All tensors of the site that a checkpoint holds."""
+        return {name: p for name, p in self._parameters.items() if p is not None and name != "absorbed"}
 
     @property
     def fused(self) -> bool:
@@ -161,19 +167,26 @@ class InputSite(nn.Module):
         if self.fused:
             basis, signs = self.tensor("basis"), self.tensor("signs")
             codes, scale, z = ops.rotate_quantize(self.permuted(x), basis, signs, self.block, self.activation)
-            return SiteOutput(codes, scale, z if self.rank else None)
+            return SiteOutput(codes, scale, self._branch(x, z))
         v, z = self.transform(x)
-        z = z if self.rank else None
+        branch = self._branch(x, z)
         if self.activation is None:
-            return SiteOutput(v, None, z)
+            return SiteOutput(v, None, branch)
         fmt = ACTIVATION_FORMATS[self.activation]
         if not fmt.lattice:
-            return SiteOutput(fake_quantize(v, fmt), None, z)
+            return SiteOutput(fake_quantize(v, fmt), None, branch)
         _say_slower(x.device.type, f"{fmt.bits}-bit activations are rounded by no kernel")
         codes, scale = quantize_to_table(v.detach(), fmt)
         if torch.is_grad_enabled() and v.requires_grad:  # straight through: codes carry no gradient
-            return SiteOutput(v + (codes * scale[:, None] - v).detach().to(v.dtype), None, z)
-        return SiteOutput(codes, scale, z)
+            return SiteOutput(v + (codes * scale[:, None] - v).detach().to(v.dtype), None, branch)
+        return SiteOutput(codes, scale, branch)
+
+    def _branch(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
+        """What the 16-bit branch multiplies: z, and x Aᵀ of absorbed LoRAs beside it."""
+        down = self._parameters["absorbed"]
+        if down is None:
+            return z if self.rank else None
+        return torch.cat([z, (x @ down.to(x.dtype).T).to(torch.bfloat16)], 1)
 
     def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
@@ -230,8 +243,16 @@ class DiRotQLinear(nn.Linear):
         return own if isinstance(own, InputSite) else self._shared_site[0]
 
     def extra_repr(self) -> str:
+        rank = 0 if self.low_rank is None else self.low_rank.shape[1]
         kind = f"W{self.plan.format.bits}A{self.activation_bits}"
-        return f"{self.in_features}, {self.out_features}, {kind}, rank={self.plan.rank}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, {kind}, rank={rank}, bias={self.bias is not None}"
+
+    @property
+    def own_low_rank(self) -> torch.Tensor | None:
+        """L [N, r] of the checkpoint, without the columns of absorbed LoRAs."""
+        if self.low_rank is None or not self.site.rank:
+            return None
+        return self.low_rank[:, : self.site.rank]
 
     @property
     def codes(self) -> torch.Tensor:
@@ -255,8 +276,11 @@ class DiRotQLinear(nn.Linear):
             # and product in one, so siblings do not share theirs while an adapter is trained.
             y = ops.linear(
                 site.permuted(x.reshape(-1, self.in_features)), site.tensor("basis"), site.tensor("signs"), site.block,
-                site.activation, self.codes, self.weight_scale, self.low_rank, self.bias, self.table,
+                site.activation, self.codes, self.weight_scale, self.own_low_rank, self.bias, self.table,
             )  # fmt: skip
+            if site.absorbed is not None and self.low_rank is not None:
+                z = x.reshape(-1, self.in_features) @ site.absorbed.to(x.dtype).T
+                y = y + z @ self.low_rank[:, site.rank :].to(x.dtype).T
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
         elif (out := site(x)).scale is not None:
@@ -270,11 +294,14 @@ class DiRotQLinear(nn.Linear):
 
     @torch.no_grad()
     def dequantized_weight(self) -> torch.Tensor:
-        """The dense W [N, K] this linear stands for (with 16-bit activations), float32."""
+        """The dense W [N, K] this linear stands for (with 16-bit activations), absorbed LoRAs included, float32."""
         tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
-        if self.low_rank is not None:
-            tensors["low_rank"] = self.low_rank
-        return dense_weight(self.plan, tensors, self.site.tensors())
+        if self.own_low_rank is not None:
+            tensors["low_rank"] = self.own_low_rank
+        dense = dense_weight(self.plan, tensors, self.site.tensors())
+        if self.site.absorbed is not None and self.low_rank is not None:
+            dense.addmm_(self.low_rank[:, self.site.rank :].float(), self.site.absorbed.float())
+        return dense
 
 
 @torch.no_grad()

@@ -12,12 +12,16 @@ __all__ = ["SUPPORTED", "BlockRecipe", "Recipe", "recipe_for"]
 SUPPORTED: dict[str, Recipe] = {"FluxTransformer2DModel": FLUX, "PixArtTransformer2DModel": PIXART}
 
 
-def recipe_for(model: nn.Module) -> Recipe:
-    """The recipe for `model` by the name of its class or of a base class; ValueError names the supported ones."""
-    for cls in type(model).__mro__:
+def recipe_for(model: nn.Module | type) -> Recipe:
+    """The recipe for `model`, or for a model class, by the name of its class or of a base class.
+
+    ValueError names the supported ones.
+    """
+    given = model if isinstance(model, type) else type(model)
+    for cls in given.__mro__:
         if cls.__name__ in SUPPORTED:
             return SUPPORTED[cls.__name__]
     raise ValueError(
-        f"{type(model).__name__} has no DiRotQ recipe; supported: {', '.join(sorted(SUPPORTED))}. "
+        f"{given.__name__} has no DiRotQ recipe; supported: {', '.join(sorted(SUPPORTED))}. "
         "Text encoders and VAEs are not quantized by dirotq."
     )

@@ -87,6 +87,8 @@ def read_layout(config: Mapping[str, Any], path: Path) -> tuple[DiRotQConfig, li
 
 def read_metadata(path: Path) -> tuple[dict[str, str], list[str]]:
     """Metadata and tensor names in the header of a single file. CheckpointError says what it is if it has none."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{path} is missing or no regular file")
     with path.open("rb") as f:
         start = f.read(9)
     if start[:4] == b"GGUF":

@@ -1,5 +1,7 @@
 """A broken checkpoint raises one clear error that names the tensor, and no model comes back."""
 
+import json
+
 import pytest
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -61,3 +63,20 @@ def test_pickles_are_not_read(flux_case, tmp_path):
     (tmp_path / "config.json").write_text((flux_case.quantized / "config.json").read_text())
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is no safetensors file"):
         flux_case.load(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"), reason="needs diffusers 0.39")
+@pytest.mark.parametrize("how", ["relative", "absolute"])
+def test_an_index_that_leads_out_of_the_folder(flux_case, tmp_path, how):
+    folder = tmp_path / "model"
+    flux_case.load().save_pretrained(folder, max_shard_size="200KB")
+    for shard in folder.glob("*.safetensors"):
+        shard.rename(tmp_path / shard.name)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    prefix = "../" if how == "relative" else f"{tmp_path}/"
+    body["weight_map"] = {n: prefix + f for n, f in body["weight_map"].items()}
+    index.write_text(json.dumps(body))
+    with pytest.raises((ValueError, OSError)) as error:
+        flux_case.load(folder)
+    assert "outside the folder" in str(error.value) or "must be plain filenames" in str(error.value)

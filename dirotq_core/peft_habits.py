@@ -1,0 +1,157 @@
+"""What PEFT does to linears by looking inside them, and what it has to know of ours."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from .absorb import absorb, release
+from .linear import DiRotQLinear
+
+#: On a dense linear of a quantized model: its weights as they were before a LoRA was merged, None while none is.
+BEFORE = "dirotq_before_merging"
+
+
+def teach_peft(model: nn.Module) -> None:
+    """Let PEFT's `merge` and `unmerge`, and so `fuse_lora` and `unfuse_lora`, work on a quantized `model`.
+
+    PEFT adds B A to a weight, which is packed here, and subtracts it again, which in 16 bit leaves another weight. So
+    quantized linears absorb and release, and the few dense ones keep what they were. Idempotent.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
+            module.__dict__.setdefault(BEFORE, None)
+    _teach_lora()
+    _teach_dora()
+    _teach_lycoris()
+
+
+def forget_merging(model: nn.Module) -> None:
+    """Dense linears are plain ones again, for when the whole model is dense."""
+    for module in model.modules():
+        module.__dict__.pop(BEFORE, None)
+
+
+def _teach_lora() -> None:
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    merge, unmerge = Linear.merge, Linear.unmerge
+    if hasattr(merge, "knows_dirotq"):
+        return
+
+    @functools.wraps(merge)
+    def merging(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()
+        if isinstance(base, DiRotQLinear):
+            names = check_adapters_to_merge(self, adapter_names) or []
+            _absorb_adapters(self, base, [n for n in names if n in self.lora_A])
+            return
+        if not self.merged and BEFORE in base.__dict__:
+            base.__dict__[BEFORE] = [None if t is None else t.detach().clone() for t in (base.weight, base.bias)]
+        merge(self, safe_merge, adapter_names)
+
+    @functools.wraps(unmerge)
+    def unmerging(self: Any) -> None:
+        base = self.get_base_layer()
+        if isinstance(base, DiRotQLinear) and self.merged:
+            for number in self.__dict__.pop("dirotq_absorbed", []):
+                release(base, number)
+            self.merged_adapters.clear()
+        elif self.merged and base.__dict__.get(BEFORE) is not None:
+            for tensor, before in zip((base.weight, base.bias), base.__dict__[BEFORE], strict=True):
+                if tensor is not None:
+                    tensor.data = before.to(tensor.device)
+            base.__dict__[BEFORE] = None
+            self.merged_adapters.clear()
+        else:
+            unmerge(self)
+
+    merging.knows_dirotq = True  # type: ignore[attr-defined]
+    Linear.merge, Linear.unmerge = merging, unmerging  # type: ignore[method-assign]
+
+
+def _absorb_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
+    for name in names:  # before any is absorbed: all or none
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        if variant is not None:
+            raise _not_absorbed(name, type(variant).__name__.removesuffix("LinearVariant"))
+        if getattr(layer, "lora_bias", {}).get(name):
+            raise _not_absorbed(name, "a LoRA with a bias")
+    for name in names:
+        up = layer.lora_B[name].weight.detach().float() * layer.scaling[name]
+        number = absorb(base, layer.lora_A[name].weight.detach(), up)
+        layer.__dict__.setdefault("dirotq_absorbed", []).append(number)
+        layer.merged_adapters.append(name)
+
+
+def _not_absorbed(name: str, kind: str) -> ValueError:
+    return ValueError(
+        f"adapter {name!r} is {kind}, not a plain LoRA: 4-bit weights cannot absorb it, so leave it loaded beside them"
+    )
+
+
+def _teach_dora() -> None:
+    """DoRA reads the weight for its norms."""
+    from peft.tuners.lora import dora
+
+    original = dora.dequantize_module_weight
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def dense(module: nn.Module) -> torch.Tensor:
+        return module.dequantized_weight() if isinstance(module, DiRotQLinear) else original(module)
+
+    dense.knows_dirotq = True  # type: ignore[attr-defined]
+    dora.dequantize_module_weight = dense  # type: ignore[assignment]
+
+
+def _teach_lycoris() -> None:
+    """LoKr and LoHa work beside a packed weight, which cannot absorb their full-rank differences."""
+    from peft.tuners.loha.layer import LoHaLayer
+    from peft.tuners.lokr.layer import LoKrLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    merge = LycorisLayer.merge
+    if hasattr(merge, "knows_dirotq"):
+        return
+
+    @functools.wraps(merge)
+    def merging(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if isinstance(self.get_base_layer(), DiRotQLinear):
+            raise _not_absorbed((adapter_names or self.active_adapters)[0], type(self).__module__.split(".")[-2])
+        merge(self, safe_merge, adapter_names)
+
+    merging.knows_dirotq = True  # type: ignore[attr-defined]
+    LycorisLayer.merge = merging  # type: ignore[method-assign]
+    for cls, name in ((LoHaLayer, "update_layer"), (LoHaLayer, "get_delta_weight"), (LoKrLayer, "get_delta_weight")):
+        setattr(cls, name, _seeing_shape(getattr(cls, name)))
+
+
+def _seeing_shape(method: Any) -> Any:
+    """`method` of an adapter layer, with a base layer whose weight has the shape [N, K]."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        packed = isinstance(self.get_base_layer(), DiRotQLinear)
+        return method(_ShapeView(self) if packed else self, *args, **kwargs)
+
+    return wrapper
+
+
+class _ShapeView:
+    """An adapter layer, but for the base layer it shows: not set on the layer, which other threads may be using."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def get_base_layer(self) -> nn.Linear:
+        base = self.layer.get_base_layer()
+        return nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
