@@ -120,7 +120,9 @@ def _random_site(plan: SitePlan, weights: list[Tensor]) -> SolvedSite:
         if name == "signs":
             site[name] = random_signs(k, plan.seed).to(device)
         elif name == "basis":
-            site[name] = torch.linalg.qr(torch.randn(shape, device=device))[0].to(dtype)
+            site[name] = (
+                torch.linalg.qr(torch.randn(shape, device=device))[0].to(dtype).contiguous()
+            )  # as a file has it
         else:  # the published rotation: the complement of the subspace in a random basis of everything
             full = _orthogonal(k, str(device))
             site = {"rotation": full[:, : k - r].contiguous(), "basis": full[:, k - r :].contiguous()}

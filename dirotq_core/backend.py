@@ -270,6 +270,10 @@ class DiRotQQuantizer(DiffusersQuantizer):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
         stop_ignoring_fusing(model)
+        if type(model).__name__ == "FluxTransformer2DModel":
+            from .flux_attention import use_plain_attention
+
+            use_plain_attention(model)
         forget_merging(model)
         for name in ("_skip_layerwise_casting_patterns", "_repeated_blocks"):
             vars(model).pop(name, None)  # `_finish` hid the class's own
@@ -310,7 +314,10 @@ def _finish(model: Any) -> None:
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
+        from .flux_attention import use_fused_attention  # its classes are diffusers' FLUX.1 ones
+
         teach_flux_loras()
+        use_fused_attention(model)
     if is_peft_available():
         teach_peft(model)
     # Only lattice formats are integer products, and only GPUs have the units in question.

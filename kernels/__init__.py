@@ -3,6 +3,7 @@
 Importing this imports no Triton; a Triton kernel is imported when it first runs (see `backend`).
 """
 
+from .attention import qk_norm_rope
 from .gptq import round_columns
 from .hadamard import block_hadamard, hadamard_matrix
 from .lattice import (
@@ -37,6 +38,7 @@ __all__ = [
     "linear_a16",
     "pack_bits",
     "pack_int4",
+    "qk_norm_rope",
     "rotate",
     "rotate_quantize",
     "round_columns",

@@ -25,6 +25,7 @@ _TRITON_MODULE = {
     "linear_a8_siblings": "triton_linear",
     "linear_a16": "triton_w4a16",
     "round_columns": "triton_gptq",
+    "qk_norm_rope": "triton_attention",
 }
 _LARGEST_TRITON_BLOCK = 128
 _OLDEST_TRITON = (3, 4)

@@ -198,3 +198,38 @@ def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
     _device("weight", weight, weight_scale=weight_scale)
+
+
+def qk_norm_rope(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    if not queries:
+        raise ValueError("queries is empty; at least one part is needed")
+    first = queries[0]
+    _shape("queries[0]", first, "B", "S", "H", "D")
+    _dtype("queries[0]", first, *FLOATS)
+    batch, _, heads, d = first.shape
+    if d < 2 or d & (d - 1):
+        raise ValueError(f"queries[0] has {d} columns a head; a power of two is needed")
+    for name, parts in (("keys", keys), ("query_weights", query_weights), ("key_weights", key_weights)):
+        if len(parts) != len(queries):
+            raise ValueError(f"{name} has {len(parts)} tensors for {len(queries)} queries")
+    for i, (q, k, wq, wk) in enumerate(zip(queries, keys, query_weights, key_weights, strict=True)):
+        _shape(f"queries[{i}]", q, batch, "S", heads, d)
+        _shape(f"keys[{i}]", k, batch, q.shape[1], heads, d)
+        _dtype(f"queries[{i}]", q, first.dtype)
+        _dtype(f"keys[{i}]", k, first.dtype)
+        for weight, whose in ((wq, "query_weights"), (wk, "key_weights")):
+            _shape(f"{whose}[{i}]", weight, d)
+            _dtype(f"{whose}[{i}]", weight, *FLOATS)
+        _device("queries[0]", first, **{f"queries[{i}]": q, f"keys[{i}]": k, f"query_weights[{i}]": wq})
+    length = sum(q.shape[1] for q in queries)
+    for name, angles in (("cos", cos), ("sin", sin)):
+        _shape(name, angles, length, d)
+        _dtype(name, angles, torch.float32)
+    _device("queries[0]", first, cos=cos, sin=sin)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import attention, checks
 from .backend import implementation
 from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 2
+API_VERSION = 3
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -41,6 +41,7 @@ SCHEMAS = {
     "linear": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode, Tensor weight,"
     " Tensor weight_scale, Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
     "dequantize": "(Tensor weight, Tensor weight_scale, int[] table, ScalarType dtype) -> Tensor",
+    "qk_norm_rope": attention.SCHEMA,
 }
 
 
@@ -325,6 +326,7 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
     "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),
+    "qk_norm_rope": (attention.run, attention.fake, None),
 }
 
 

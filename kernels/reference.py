@@ -205,3 +205,26 @@ def round_columns(
         errors[:, i] = (column - values[entry] * scale[:, i]) / pivots[i]
         work[:, i + 1 :] -= torch.outer(errors[:, i], factor[i, i + 1 :])
     return entries, errors
+
+
+def qk_norm_rope(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm per head, parts side by side, pairs of columns turned by their position's angles."""
+    return _norm_rope(queries, query_weights, cos, sin, eps), _norm_rope(keys, key_weights, cos, sin, eps)
+
+
+def _norm_rope(parts: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    normed = [
+        torch.nn.functional.rms_norm(x, x.shape[-1:], w.to(x.dtype), eps) for x, w in zip(parts, weights, strict=True)
+    ]
+    x = torch.cat(normed, 1)
+    even, odd = x.unflatten(3, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], -1).flatten(3)
+    return (x.float() * cos[:, None] + turned.float() * sin[:, None]).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Runs the `cpu` cases of `test_triton.py` in a process whose Triton interprets."""
+"""Runs the `cpu` cases of the kernel tests in a process whose Triton interprets."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 def test_interpreted_kernels_agree_with_the_reference():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider"]
-    file = Path(__file__).with_name("test_triton.py")
-    done = subprocess.run([*command, str(file)], env=environment, capture_output=True, text=True)
+    files = [str(Path(__file__).with_name(name)) for name in ("test_triton.py", "test_attention.py")]
+    done = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

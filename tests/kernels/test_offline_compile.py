@@ -15,7 +15,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dirotq.kernels import triton_gptq, triton_linear, triton_rotate, triton_site, triton_unpack, triton_w4a16  # noqa: E402
+from dirotq.kernels import (  # noqa: E402
+    triton_attention,
+    triton_gptq,
+    triton_linear,
+    triton_rotate,
+    triton_site,
+    triton_unpack,
+    triton_w4a16,
+)
 from dirotq.kernels.triton_common import OPTIONS  # noqa: E402
 
 KIB = 1024
@@ -99,7 +107,13 @@ def compile_for(target, kernel, pointers, values):
             signature[name] = "constexpr"
             constants[(position,)] = values[name]
         else:
-            kind = f"*{pointers[name]}" if name.endswith("_ptr") else "fp32" if name in ("norm", "factor") else "i32"
+            kind = (
+                f"*{pointers[name]}"
+                if name.endswith("_ptr")
+                else "fp32"
+                if name in ("norm", "factor", "eps")
+                else "i32"
+            )
             signature[name] = kind
             if name.endswith("_ptr") or name in ("K", "r", "stride_x"):  # as a launch finds them
                 attributes[(position,)] = [["tt.divisibility", 16]]
@@ -197,6 +211,16 @@ def test_round_columns_compiles(chip, tmp_path):
     names = ("work", "factor", "scale", "midpoints", "values", "errors")
     pointers = {**{f"{name}_ptr": "fp32" for name in names}, "entries_ptr": "u8"}
     compiled = compile_for(target, triton_gptq.round_columns_kernel, pointers, triton_gptq.blocks(128))
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize("chip", TARGETS)
+def test_qk_norm_rope_compiles(chip, tokens, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    kernel = triton_attention.qk_norm_rope_kernel
+    pointers = {name: "fp32" if name in ("cos_ptr", "sin_ptr") else "bf16" for name in kernel.arg_names}
+    compiled = compile_for(target, kernel, pointers, {"D": 128, **triton_attention.blocks(tokens)})
     check(compiled, target, shared_memory, tmp_path)
 
 

@@ -29,6 +29,7 @@ def samples():
     x = single.x.clone().requires_grad_()
     codes, scale, z = kernels.rotate_quantize(*case.arguments, "int4")
     table = list(kernels.CODEBOOK16)
+    heads = torch.rand(1, 5, 2, 16)
     rest = (w.weight, w.row_scale, w.low_rank, w.bias, table)
     z_leaf = z.clone().requires_grad_()
     return {
@@ -42,6 +43,7 @@ def samples():
         "linear": (x, *single.arguments[1:], "int4", *rest),
         "linear, bare": (x, None, None, 1, "int8", w.weight, w.row_scale, None, None, table),
         "dequantize": (w.weight, w.group_scale, table, torch.bfloat16),
+        "qk_norm_rope": ([heads], [heads], [heads[0, 0, 0]], [heads[0, 0, 1]], heads[0, :, 0], heads[0, :, 1], 1e-6),
     }
 
 
@@ -228,7 +230,7 @@ def test_two_copies_share_the_ops(tmp_path):
 
 def test_a_copy_of_another_version_is_refused(tmp_path):
     ops = copy_of_kernels(tmp_path) / "kernels" / "ops.py"
-    ops.write_text(ops.read_text().replace("API_VERSION = 2\n", "API_VERSION = 3\n"))
+    ops.write_text(ops.read_text().replace("API_VERSION = 3\n", "API_VERSION = 4\n"))
     code = "import dirotq.kernels\ntry:\n    import cloned.kernels\nexcept ImportError as error:\n    print(error)"
     said = run_python(code, cwd=tmp_path)
-    assert "API version 3" in said and "version 2" in said and str(ops) in said
+    assert "API version 4" in said and "version 3" in said and str(ops) in said

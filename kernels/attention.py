@@ -1,0 +1,49 @@
+"""The op between the projections of queries and keys and the attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import implementation
+
+SCHEMA = (
+    "(Tensor[] queries, Tensor[] keys, Tensor[] query_weights, Tensor[] key_weights, Tensor cos, Tensor sin, float eps)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def qk_norm_rope(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, S, H, D]: RMS norm of each head, then rotary position embedding.
+
+    queries, keys: parts [B, S_i, H, D] (text, then image), put side by side along S = Σ S_i; bf16, fp16 or fp32, any
+    strides. query_weights, key_weights: [D] for each part. cos, sin [S, D] fp32, for pairs of neighbouring columns:
+    y_2j = x_2j cos_2j − x_2j+1 sin_2j, y_2j+1 = x_2j+1 cos_2j+1 + x_2j sin_2j+1. D a power of two. The norm's result is
+    rounded to the inputs' dtype before it is turned. Not differentiable.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.qk_norm_rope.default(
+        list(queries), list(keys), list(query_weights), list(key_weights), cos, sin, eps
+    )
+
+
+def run(queries, keys, query_weights, key_weights, cos, sin, eps):
+    checks.qk_norm_rope(queries, keys, query_weights, key_weights, cos, sin)
+    compute = implementation("qk_norm_rope", queries[0].device)
+    return compute(queries, keys, query_weights, key_weights, cos, sin, eps)
+
+
+def fake(queries, keys, query_weights, key_weights, cos, sin, eps):
+    checks.qk_norm_rope(queries, keys, query_weights, key_weights, cos, sin)
+    batch, _, heads, d = queries[0].shape
+    shape = (batch, sum(q.shape[1] for q in queries), heads, d)
+    return queries[0].new_empty(shape), queries[0].new_empty(shape)

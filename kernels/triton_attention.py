@@ -1,0 +1,92 @@
+"""Triton kernel between the projections of queries and keys and the attention: RMS norm per head and rotation by
+position, text and image put side by side, in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, launch
+from .triton_common import narrow
+
+
+@triton.jit
+def qk_norm_rope_kernel(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    tokens, heads, first, q_batch, q_token, k_batch, k_token, out_batch, eps,
+    D: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Queries (program_id(2) = 0) or keys (1) of one part [tokens, heads, D], to `out` from its token `first` on."""
+    token = tl.program_id(0) * BS + tl.arange(0, BS)
+    here = token < tokens
+    batch = tl.program_id(1).to(tl.int64)
+    if tl.program_id(2) == 0:
+        x_ptr, weight_ptr, out_ptr, x_token = q_ptr + batch * q_batch, q_weight_ptr, q_out_ptr, q_token
+    else:
+        x_ptr, weight_ptr, out_ptr, x_token = k_ptr + batch * k_batch, k_weight_ptr, k_out_ptr, k_token
+    column = tl.arange(0, D)
+    place = (first + token).to(tl.int64)
+    angles = place[:, None] * D + column[None, :]
+    cos = tl.load(cos_ptr + angles, mask=here[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angles, mask=here[:, None], other=0.0).to(tl.float32)
+    cos_even, cos_odd = tl.split(tl.reshape(cos, (BS, 1, D // 2, 2)))
+    sin_even, sin_odd = tl.split(tl.reshape(sin, (BS, 1, D // 2, 2)))
+    weight = tl.load(weight_ptr + column).to(tl.float32)[None, None, :]
+    x_row = x_ptr + token.to(tl.int64)[:, None, None] * x_token
+    out_row = out_ptr + batch * out_batch + place[:, None, None] * (heads * D)
+    for start in range(0, heads, BH):
+        head = start + tl.arange(0, BH)
+        at = head[None, :, None] * D + column[None, None, :]
+        inside = here[:, None, None] & (head < heads)[None, :, None]
+        x = tl.load(x_row + at, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(x * x, 2) / D
+        x = x * (1 / tl.sqrt(mean + eps))[:, :, None] * weight
+        x = narrow(x, out_ptr.dtype.element_ty).to(tl.float32)  # the norm's result is a tensor of that dtype
+        even, odd = tl.split(tl.reshape(x, (BS, BH, D // 2, 2)))
+        y = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
+        tl.store(out_row + at, narrow(tl.reshape(y, (BS, BH, D)), out_ptr.dtype.element_ty), mask=inside)
+
+
+def blocks(tokens: int) -> dict[str, int]:
+    """Tile sizes and launch options for a part of so many tokens."""
+    return {"BS": 4 if tokens > 64 else 1, "BH": 8, "num_warps": 4, "num_stages": 2}
+
+
+def qk_norm_rope(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    x = queries[0]
+    batch, _, heads, d = x.shape
+    length = sum(part.shape[1] for part in queries)
+    with torch.cuda.device_of(x):
+        q_out = torch.empty((batch, length, heads, d), dtype=x.dtype, device=x.device)
+        k_out = torch.empty_like(q_out)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        first = 0
+        for q, k, q_weight, k_weight in zip(queries, keys, query_weights, key_weights, strict=True):
+            q, k = _rows(q), _rows(k)
+            tokens = q.shape[1]
+            tile = blocks(tokens)
+            if q.numel():
+                launch(
+                    qk_norm_rope_kernel, (cdiv(tokens, tile["BS"]), batch, 2),
+                    q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out,
+                    tokens, heads, first, q.stride(0), q.stride(1), k.stride(0), k.stride(1), q_out.stride(0), eps,
+                    D=d, **tile,
+                )  # fmt: skip
+            first += tokens
+    return q_out, k_out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, S, H, D] with the heads of a token next to one another, at any distance from those of the next."""
+    d = x.shape[3]
+    return x if x.stride(3) == 1 and x.stride(2) == d else x.contiguous()

@@ -1,0 +1,120 @@
+"""The attention processor that FLUX.1 gets when it is quantized."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
+
+from dirotq import kernels
+from dirotq.dirotq_core import flux_attention
+from dirotq.dirotq_core.flux_attention import DiRotQFluxAttnProcessor, use_plain_attention
+
+
+@pytest.fixture
+def model(flux_case):
+    return flux_case.load()
+
+
+@pytest.fixture
+def inputs(model, helpers):
+    found = helpers.inputs(model)
+    ids = torch.zeros(64, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+    return {**found, "img_ids": ids, "return_dict": False}
+
+
+def attentions(model):
+    return [m for m in model.modules() if isinstance(m, FluxAttention)]
+
+
+def called(monkeypatch):
+    """Shapes of the queries that `qk_norm_rope` is called with, call by call."""
+    calls = []
+
+    def record(queries, *rest):
+        calls.append([tuple(q.shape) for q in queries])
+        return kernels.qk_norm_rope(queries, *rest)
+
+    monkeypatch.setattr(flux_attention, "qk_norm_rope", record)
+    return calls
+
+
+def test_same_output_as_diffusers_own_steps(model, inputs, monkeypatch):
+    assert [type(a.processor) for a in attentions(model)] == 3 * [DiRotQFluxAttnProcessor]
+    calls = called(monkeypatch)
+    with torch.no_grad():
+        ours = model(**inputs)[0]
+        assert calls == [[(1, 7, 3, 64), (1, 64, 3, 64)], [(1, 71, 3, 64)], [(1, 71, 3, 64)]]
+        use_plain_attention(model)
+        assert [type(a.processor) for a in attentions(model)] == 3 * [FluxAttnProcessor]
+        plain = model(**inputs)[0]
+    assert len(calls) == 3
+    assert torch.equal(ours, plain)  # on the CPU the op is those steps
+
+
+def test_batch(model, inputs):
+    one = ("guidance", "timestep", "pooled_projections", "hidden_states", "encoder_hidden_states")
+    twice = {**inputs, **{n: torch.cat([inputs[n], inputs[n].flip(-1)]) for n in one}}
+    with torch.no_grad():
+        both = model(**twice)[0]
+        use_plain_attention(model)
+        assert torch.equal(both, model(**twice)[0])
+
+
+def test_gradients_take_diffusers_steps(model, inputs, monkeypatch):
+    calls = called(monkeypatch)
+    x = inputs["hidden_states"].clone().requires_grad_()
+    model(**{**inputs, "hidden_states": x})[0].sum().backward()
+    assert x.grad.abs().sum() > 0 and not calls
+
+
+def test_attention_mask_and_backend_reach_the_attention(model, inputs):
+    model.set_attention_backend("_native_math")
+    assert {a.processor._attention_backend.value for a in attentions(model)} == {"_native_math"}
+    attn = attentions(model)[-1]
+    x = torch.randn(1, 71, 192, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(2))
+    rotary = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))
+    mask = torch.rand(1, 1, 71, 71, generator=torch.Generator().manual_seed(3)) > 0.5
+    with torch.no_grad():
+        ours = attn(x, attention_mask=mask, image_rotary_emb=rotary)
+        unmasked = attn(x, image_rotary_emb=rotary)
+        use_plain_attention(model)
+        assert {a.processor._attention_backend.value for a in attentions(model)} == {"_native_math"}
+        plain = attn(x, attention_mask=mask, image_rotary_emb=rotary)
+    assert torch.equal(ours, plain) and not torch.equal(ours, unmasked)
+
+
+def test_another_processor_is_left_alone(model, flux_case):
+    attentions(model)[0].set_processor(FluxIPAdapterAttnProcessor(192, 64))
+    use_plain_attention(model)
+    assert type(attentions(model)[0].processor) is FluxIPAdapterAttnProcessor
+
+
+def test_copies_and_dequantized_models(model, inputs):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs)[0], model(**inputs)[0])
+    twin.dequantize()
+    assert {type(a.processor) for a in attentions(twin)} == {FluxAttnProcessor}
+    assert {type(a.processor) for a in attentions(model)} == {DiRotQFluxAttnProcessor}
+
+
+def frames(model, inputs):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        block.compile(fullgraph=True, backend=counter)
+    with torch.no_grad():
+        return model(**inputs)[0], counter.frame_count
+
+
+def test_compiles_as_often_as_diffusers_own(model, inputs, flux_case):
+    with torch.no_grad():
+        eager = model(**inputs)[0]
+    ours, graphs = frames(model, inputs)
+    assert torch.equal(ours, eager)
+    plain = flux_case.load()
+    use_plain_attention(plain)
+    assert graphs == frames(plain, inputs)[1]
