@@ -44,8 +44,10 @@ VARIANTS: dict[str, tuple[str, int, str]] = {
     "ours-r64-graph": ("r64", 4, "graph"),
     "ours-r64-a8": ("r64", 8, "eager"),
     "ours-r64-a8-compiled": ("r64", 8, "compiled"),
+    "ours-r64-a8-reduce-overhead": ("r64", 8, "reduce-overhead"),
     "ours-r64-codebook-compiled": ("codebook", 4, "compiled"),
     "ours-eighth-compiled": ("eighth", 4, "compiled"),
+    "ours-eighth-reduce-overhead": ("eighth", 4, "reduce-overhead"),
     "torchao-fp8-compiled": ("torchao-fp8", 0, "compiled"),
     "torchao-fp8-reduce-overhead": ("torchao-fp8", 0, "reduce-overhead"),
     "torchao-int8-compiled": ("torchao-int8", 0, "compiled"),
@@ -261,7 +263,7 @@ def attempt(label: str, action: Callable[[], Any]) -> Any:
 
 def measure(name: str, size: str, arguments: argparse.Namespace, device: str, save: Callable[[dict], None]) -> None:
     pixels, batch = map(int, size.split("x"))
-    cuda = device == "cuda"
+    cuda, begun = device == "cuda", time.perf_counter()
     dense = step_models.dense(name, arguments.tiny, device)
     made: dict[str, nn.Module] = {"dense": dense}
     call = step_models.inputs(name, arguments.tiny, pixels, batch, device)
@@ -284,6 +286,9 @@ def measure(name: str, size: str, arguments: argparse.Namespace, device: str, sa
     ready: list[Variant] = []
     for label in chosen:
         if VARIANTS[label][0] not in made:
+            continue
+        if time.perf_counter() - begun > arguments.prepare_seconds:
+            print(f"{label} is left out: {arguments.prepare_seconds} s are over")
             continue
         variant = Variant(label, made[VARIANTS[label][0]], call, cuda)
         if attempt(f"prepare {label}", lambda variant=variant: variant.prepare() or True):
@@ -319,6 +324,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["1024x1"], metavar="PIXELSxBATCH")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--prepare-seconds", type=float, default=1e9, help="of a size: what is not begun by then is left out"
+    )
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the dequantized model")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script without a GPU")

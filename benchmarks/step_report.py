@@ -11,7 +11,7 @@ KINDS = {
     "modulation": r"few_tokens_kernel|gemv|kgemm_4bit_inference|nvjet_\w+?_\d+x8_",  # tiles of eight tokens
     "elementwise": r"^triton_(poi|red|per)_|layer_norm",
     "attention": r"flash|fmha|attention|sdpa|softmax",
-    "matmul": r"linear_a8|many_tokens|gemm|nvjet|cutlass|xmma|splitKreduce|cublas|_mm_|triton_(tem|mm)",
+    "matmul": r"linear_a8|siblings_packed|many_tokens|gemm|nvjet|cutlass|xmma|splitKreduce|cublas|_mm_|triton_(tem|mm)",
     "dequantize": r"kDequantize",
 }
 REST = "elementwise"  # copies, concatenations and everything else that PyTorch launches

@@ -1,4 +1,4 @@
-"""Small random models in the shapes that ComfyUI accepts.
+"""Small models in the shapes that ComfyUI accepts: a trained FLUX.1, a random PixArt and random VAEs.
 
 ComfyUI fixes FLUX.1's head width (128), RoPE axes and latent channels (16), and PixArt's width (1152) and heads (16),
 so the embedded trained models do not fit; only depth, FLUX.1's width and its text widths are free.
@@ -6,6 +6,7 @@ so the embedded trained models do not fit; only depth, FLUX.1's width and its te
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from safetensors.torch import save_file
 
 import dirotq
+
+from .training import train
 
 FLUX, PIXART = "tiny-flux.safetensors", "tiny-pixart.safetensors"
 #: Diffusers folders under models/diffusion_models, quantized without data.
@@ -44,8 +47,24 @@ def _transformer(model: torch.nn.Module, folder: Path, dense: str, quantized: st
 
 
 def flux() -> FluxTransformer2DModel:
-    """One double and two single blocks, 2 heads, 16 latent channels in patches of 2 × 2; bf16."""
-    model = FluxTransformer2DModel(
+    """One double and two single blocks, 2 heads, 16 latent channels in patches of 2 × 2; bf16, trained on `scenes`."""
+    model = _flux()
+    model.load_state_dict(_trained())
+    return model.to(torch.bfloat16)
+
+
+@cache
+def _trained() -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _flux()
+        *_, loss = train(model)
+    assert loss < 0.3, f"training ended at a loss of {loss}"
+    return model.state_dict()
+
+
+def _flux() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
         num_layers=1,
@@ -57,7 +76,6 @@ def flux() -> FluxTransformer2DModel:
         guidance_embeds=True,
         axes_dims_rope=(16, 56, 56),
     )
-    return _randomize(model)
 
 
 def pixart() -> PixArtTransformer2DModel:

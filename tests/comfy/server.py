@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+#: How a server runs: on the CPU, unless the environment says otherwise (`COMFYUI_ARGS=""` for a GPU).
+ARGUMENTS = shlex.split(os.environ.get("COMFYUI_ARGS", "--cpu"))
 #: The pack's folder in custom_nodes, and so the name under which ComfyUI serves its help pages and templates.
 PACK = "dirotq"
 START_SECONDS = 180
@@ -137,17 +140,23 @@ def _raise_for_status(entry: Mapping[str, Any]) -> None:
 
 
 class Server:
-    """A ComfyUI process on the CPU, started by `with`, stopped at its end.
+    """A ComfyUI process, started by `with`, stopped at its end.
 
     packs: folder name in custom_nodes → folder to link there. env: variables beside our own, e.g. another HF_ENDPOINT.
+    arguments: of main.py, in place of `ARGUMENTS`.
     """
 
-    def __init__(self, checkout: Path, base: Path, packs: Mapping[str, Path], env: Mapping[str, str] | None = None):
-        self.checkout, self.base, self.env = checkout, base, env or {}
+    def __init__(
+        self, checkout: Path, base: Path, packs: Mapping[str, Path], env: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = ARGUMENTS,
+    ):  # fmt: skip
+        self.checkout, self.base, self.env, self.arguments = checkout, base, env or {}, arguments
         for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in packs.items():
-            (base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
+            link = base / "custom_nodes" / name
+            if not link.is_symlink():  # a second server in the same base
+                link.symlink_to(folder, target_is_directory=True)
         self.log_file = base / "server.log"
         self.client: Client
 
@@ -156,7 +165,7 @@ class Server:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.client = Client(f"http://127.0.0.1:{port}", self.base)
-        command = [sys.executable, str(self.checkout / "main.py"), "--cpu", "--port", str(port)]
+        command = [sys.executable, str(self.checkout / "main.py"), *self.arguments, "--port", str(port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--disable-auto-launch"]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | self.env

@@ -5,6 +5,7 @@ import torch
 
 from . import graphs, models
 from .graphs import node
+from .training import scene_of, scenes
 
 
 def latent(client, model, **more):
@@ -59,3 +60,10 @@ def test_a_lora_of_strength_zero_is_none(client):
         for s in (1.0, 0.0)
     )
     assert torch.equal(same, plain) and decibels(changed, plain) < 40
+
+
+@pytest.mark.parametrize("prompt", list(scenes())[::3])
+@pytest.mark.parametrize("bits", ["4", "8", "16"])
+def test_draws_the_scenes_it_was_trained_on(client, prompt, bits):
+    run = graphs.sampled(graphs.four_bit(models.FLUX_4BIT, activation_bits=bits), text=prompt, steps=4)
+    assert scene_of(graphs.saved_latent(client, client.run(run))) == prompt
