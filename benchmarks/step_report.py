@@ -64,9 +64,13 @@ def _axes(steps: list[dict[str, Any]], setting: dict[str, Any]):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(steps), figsize=(5.5 * len(steps), 5), squeeze=False)
+    columns = min(3, len(steps))
+    rows = -(-len(steps) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6.5 * columns, 5 * rows), squeeze=False)
     figure.suptitle(f"One denoising step, random weights: {setting['gpu']}, torch {setting['torch']}")
-    return figure, axes[0]
+    for axis in axes.flat[len(steps) :]:
+        axis.remove()
+    return figure, axes.flat[: len(steps)]
 
 
 def plot_times(steps: list[dict[str, Any]], setting: dict[str, Any], file: Path) -> None:
@@ -104,6 +108,7 @@ def plot_profile(steps: list[dict[str, Any]], setting: dict[str, Any], file: Pat
             left = {name: left[name] + width for name, width in zip(rows, widths, strict=True)}
         axis.invert_yaxis()
         axis.set(title=_title(step), xlabel="ms of GPU kernels")
-    axes[-1].legend(fontsize=8)
+    labels = {name: bar for axis in axes for bar, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.tight_layout()
+    figure.legend(labels.values(), labels.keys(), loc="lower right", fontsize=9)
     figure.savefig(file, dpi=120)

@@ -243,6 +243,8 @@ def rotate_quantize(
     with torch.cuda.device_of(x):
         if signs is not None and triton_site.applies(x, basis, signs, block):
             return triton_site.rotate_quantize(x, basis, signs, block, mode)
+        if signs is not None and basis is not None and triton_site.applies(x, None, signs, block):
+            return _wide_site(x, basis, signs, block, mode)
         site = _Site(x, basis, signs, block)
         m = x.shape[0]
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -253,6 +255,19 @@ def rotate_quantize(
                 scale_of_rms(mode, x.shape[1]), MODE=mode, **site.constants,
             )  # fmt: skip
         return codes, scale, site.z
+
+
+def _wide_site(x: Tensor, basis: Tensor, signs: Tensor, block: int, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A subspace wider than the kernels of `triton_site` hold: the library's products, then those kernels without one.
+
+    The residual passes through bf16, which moves v by 2⁻⁹ at most, and its own energy gives the scale.
+    """
+    from . import triton_site
+
+    z = x @ basis
+    residual = torch.addmm(x, z, basis.T, alpha=-1)
+    codes, scale, _ = triton_site.rotate_quantize(residual, None, signs, block, mode)
+    return codes, scale, z
 
 
 class _Site:
