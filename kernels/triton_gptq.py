@@ -11,11 +11,10 @@ from torch import Tensor
 
 from .launch import cdiv, launch
 
-_ENTRIES = 16
 
-
-def blocks(columns: int) -> dict[str, int]:
-    return {"ROWS": 16, "BLOCK": triton.next_power_of_2(columns), "MIDPOINTS": _ENTRIES - 1, "num_warps": 4,
+def blocks(columns: int, entries: int = 16) -> dict[str, int]:
+    """Tile sizes and launch options for B columns and a table of `entries` values."""
+    return {"ROWS": 16, "BLOCK": triton.next_power_of_2(columns), "MIDPOINTS": entries - 1, "num_warps": 4,
             "num_stages": 1}  # fmt: skip
 
 
@@ -52,10 +51,10 @@ def round_columns(
     """As `reference.round_columns`; `work` stays as it is."""
     n, b = work.shape
     factor = factor.contiguous()  # Cholesky factors come column by column
-    assert work.stride(1) == scale.stride(1) == 1 and len(values) == _ENTRIES
+    assert work.stride(1) == scale.stride(1) == 1 and len(midpoints) == len(values) - 1
     entries = torch.empty((n, b), dtype=torch.uint8, device=work.device)
     errors = torch.empty((n, b), dtype=torch.float32, device=work.device)
-    sizes = blocks(b)
+    sizes = blocks(b, len(values))
     launch(
         round_columns_kernel, (cdiv(n, sizes["ROWS"]),), work, factor, scale, midpoints, values, entries, errors,
         n, b, work.stride(0), factor.stride(0), scale.stride(0), **sizes,

@@ -294,7 +294,7 @@ def test_offsets_past_31_bits():
 
 
 @pytest.mark.parametrize(("n", "k", "device"), on([(5, 64), (17, 24)], [(3072, 128), (33, 64), (21504, 128)]))
-@pytest.mark.parametrize("table", ["codebook", "int4"])
+@pytest.mark.parametrize("table", ["codebook", "int4", "two bits"])
 def test_round_columns(n, k, device, table):
     """GPTQ's inner loop: no operation of it may be rounded differently."""
     generator = torch.Generator().manual_seed(n)
@@ -303,7 +303,8 @@ def test_round_columns(n, k, device, table):
     factor = torch.linalg.cholesky(torch.linalg.inv(h.T @ h / len(h)), upper=True).float().to(device)
     scale = torch.rand(n, k, generator=generator).to(device) * 0.1
     scale[2] = 0
-    values = torch.tensor(kernels.CODEBOOK16 if table == "codebook" else kernels.INT4, dtype=torch.float32)
+    tables = {"codebook": kernels.CODEBOOK16, "int4": kernels.INT4, "two bits": (-120, -36, 36, 120)}
+    values = torch.tensor(tables[table], dtype=torch.float32)
     values = values.sort().values.to(device)
     midpoints = (values[1:] + values[:-1]) / 2
     entries, errors = kernels.round_columns(work, factor, scale, midpoints, values)
