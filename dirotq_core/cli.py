@@ -1,4 +1,4 @@
-"""The command line: ``dirotq demo``, ``dirotq quantize``, ``dirotq inspect``, ``dirotq convert``."""
+"""The command line: ``dirotq demo``, ``quantize``, ``inspect``, ``convert``, ``card``, ``push``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli_quantize
+from . import cli_hub, cli_quantize
 from .arguments import pick_device, positive
 
 
@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file")
     convert.add_argument("--out", type=Path, required=True, help="what to write; must not exist")
     convert.set_defaults(run=_convert)
+
+    cli_hub.add_parsers(commands)
     return parser
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..dirotq_core.checkpoint import CheckpointError
 from ..dirotq_core.files import read_json
+from ..dirotq_core.hub_errors import hub_errors, reading_sentence
 from .hub_folder import Record, folder_of, read_record, write_record
 
 #: Files of a transformer beside its weights.
@@ -62,44 +63,14 @@ class _Unavailable(Exception):
     """One sentence on why the Hub did not give what it was asked for."""
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What a request to the Hub raises. The HTTP library differs between versions of huggingface_hub."""
-    from huggingface_hub import errors
-
-    return (errors.HfHubHTTPError, *errors.HfHubHTTPError.__bases__, errors.HFValidationError)
-
-
-def _sentence(error: Exception, repo_id: str, revision: str) -> str:
-    from huggingface_hub import errors
-
-    where = f"{repo_id!r} at revision {revision!r}"
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo_id!r} is no Hub id; it must look like 'owner/name'"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id!r} is gated: accept its licence on the Hub and log in with `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the Hub has {repo_id!r}, but no revision {revision!r}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the Hub has no {repo_id!r}, or it is private and you are not logged in"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{where} is not downloaded, and HF_HUB_OFFLINE is set"
-    what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"the Hub answered {response.status_code} when asked for {where}"
-    if isinstance(error, (errors.HfHubHTTPError.__bases__[0], errors.LocalEntryNotFoundError)):
-        return f"could not download {where}: the Hub cannot be reached ({what})"
-    return f"could not download {where}: {what}"  # a full disk, for one
-
-
 def _listing(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
     """The commit of `revision`, and the files to fetch with their sizes in bytes, small ones first."""
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    except _errors() as error:
-        raise _Unavailable(_sentence(error, repo_id, revision)) from error
+    except hub_errors() as error:
+        raise _Unavailable(reading_sentence(error, repo_id, revision)) from error
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     names = _wanted(sizes, f"{repo_id!r} at revision {revision!r}")
     return str(info.sha), {name: sizes[name] for name in sorted(names, key=sizes.__getitem__)}
@@ -130,8 +101,8 @@ def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], t
         bar: dict[str, Any] = {"tqdm_class": progress.of_a_file()} if told else {}
         try:
             hf_hub_download(repo_id, name, revision=commit, local_dir=target, **bar)
-        except _errors() as error:
-            raise _Unavailable(_sentence(error, repo_id, revision)) from error
+        except hub_errors() as error:
+            raise _Unavailable(reading_sentence(error, repo_id, revision)) from error
         progress.file_done(size)
         if name.endswith("config.json"):
             _check_method(target / name, repo_id)

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ..backend import DENSE_DTYPES
+from ..base_model import CARD_NAME
 from ..checkpoint import CheckpointError
 from ..files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
 from ..inspect import find_transformer, skeleton
@@ -183,7 +184,7 @@ def _download(name: str, weights: bool) -> Path:
     # A connection that breaks off is an error of the HTTP client, which is not the same in all versions.
     client_error: Any = HfHubHTTPError.__bases__[0]
     try:
-        root = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json"]))
+        root = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json", CARD_NAME]))
         if weights:
             index = root / "model_index.json"
             folders = [c for c in read_json(index) if not c.startswith("_")] if index.is_file() else ["."]
