@@ -73,9 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="between a diffusers folder and ComfyUI's single file",
+        help="between a diffusers folder and ComfyUI's single file, and from Nunchaku's",
         description="A folder (transformer or pipeline) becomes one .safetensors file for ComfyUI; such a file "
-        "becomes a transformer's folder. Every tensor keeps its bytes.",
+        "becomes a transformer's folder. Every tensor keeps its bytes. An SVDQuant INT4 checkpoint of FLUX.1 as "
+        "Nunchaku or nunchaku_lite store it becomes either, as --out is called.",
     )
     convert.add_argument("source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file")
     convert.add_argument("--out", type=Path, required=True, help="what to write; must not exist")

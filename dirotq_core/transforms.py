@@ -221,6 +221,31 @@ def _fold_smooth(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tenso
     return w - low_rank @ a.T, low_rank
 
 
+# --- the same with the branch on the input as it is: z = x A, which is how Nunchaku stores it ------------------------
+
+
+def _prepare_smooth_input(s: SiteStatistics) -> Tensors:
+    t = _prepare_smooth(s)
+    return {"smooth": t["smooth"], "basis": (t["basis"].float() / t["smooth"][:, None]).to(torch.bfloat16)}
+
+
+def _apply_smooth_input(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    return x / t["smooth"].to(x.device, x.dtype), x @ t["basis"].to(x.device, x.dtype)
+
+
+def _fold_smooth_input(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    smooth = t["smooth"].to(w.device, w.dtype)
+    a = t["basis"].to(w.device, w.dtype) * smooth[:, None]  # as v sees it
+    w = w * smooth
+    low_rank = torch.linalg.solve(a.T @ a, (w @ a).T).T
+    return w - low_rank @ a.T, low_rank
+
+
+def _unfold_smooth_input(w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
+    dense = w / t["smooth"].to(w.device, w.dtype)
+    return dense if low_rank is None else dense.addmm_(low_rank.to(w.dtype), t["basis"].to(w.device, w.dtype).T)
+
+
 TRANSFORMS: dict[str, Transform] = {
     "identity": Transform(
         _prepare_identity, _apply_identity, _apply_identity,
@@ -245,6 +270,11 @@ TRANSFORMS: dict[str, Transform] = {
         _prepare_smooth, _apply_smooth, _fold_smooth,
         shapes=lambda k, r: {"smooth": (k,), "basis": (k, r)},
         low_features=lambda k, r: k, kernel=False, subspace=True,
+    ),
+    "smooth_svd_input": Transform(
+        _prepare_smooth_input, _apply_smooth_input, _fold_smooth_input,
+        shapes=lambda k, r: {"smooth": (k,), "basis": (k, r)},
+        low_features=lambda k, r: k, kernel=False, subspace=True, fast_unfold=_unfold_smooth_input,
     ),
 }  # fmt: skip
 
