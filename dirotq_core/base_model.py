@@ -41,7 +41,7 @@ def hub_id(name: Any) -> str | None:
     """The Hub id in a model's `_name_or_path`: itself, or that of the cache's folder; None for other folders."""
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         return None
-    text = Path(name).as_posix()
+    text = str(name).replace("\\", "/")
     cached = re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/", text + "/")
     if cached:
         return f"{cached[1]}/{cached[2]}"

@@ -13,7 +13,7 @@ B as `low_rank`; codes and scales are taken as they are. Three of its habits are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, check_names, check_tensor, checkpoint_tensors
 from ..codebooks import GROUP_SIZE, WeightFormat
 from ..config import DiRotQConfig
 from ..inspect import skeleton
@@ -98,7 +98,7 @@ def import_nunchaku(path: str | Path, progress: bool = True) -> Imported:
     source = open_nunchaku(Path(path))
     try:
         return _import(source, progress)
-    except (ValueError, RuntimeError, KeyError) as error:  # shapes that cannot be unpacked, tensors that are missing
+    except (ValueError, RuntimeError, LookupError) as error:  # shapes that cannot be unpacked, tensors that are missing
         what = f"tensor {error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{source.path}: {what}") from error
 
@@ -107,7 +107,11 @@ def _import(source: NunchakuSource, progress: bool) -> Imported:
     model = skeleton(source.config)
     probe = plan_sites(model, DiRotQConfig(method=METHOD, rank=RANK_STEP).resolved(calibrated=True))
     used: set[str] = set()
-    modulation = {p.owner: _modulation(source, p.owner, p.format, used) for p in probe if p.method is None}
+    modulation = {
+        p.owner: _modulation(source, p.owner, linear_at(model, p.owner), p.format, used)
+        for p in probe
+        if p.method is None
+    }
     exact = all(m is not None for m in modulation.values())
     if not exact:
         logger.warning(
@@ -129,8 +133,12 @@ def _import(source: NunchakuSource, progress: bool) -> Imported:
             assert found is not None
             tensors |= {f"{plan.owner}.{k}": t for k, t in found.items()}
     if not exact:
-        tensors |= _dense_modulation(source, probe)
+        tensors |= _dense_modulation(source, model, probe)
     tensors |= _rest(source, model, tensors, used)
+    spec = checkpoint_tensors(model, plan_sites(model, config))
+    check_names(tensors, spec)
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, *spec[name])
     return Imported(tensors, source.config | {"quantization_config": config.to_dict()})
 
 
@@ -215,8 +223,12 @@ def _stored(source: NunchakuSource, prefix: str, rows: slice, k: int, shifted: b
     names = source.names
 
     def take(field: str, unpack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        used.add(f"{prefix}.{field}")
-        return unpack(source.tensors[f"{prefix}.{field}"])
+        name = f"{prefix}.{field}"
+        used.add(name)
+        tensor = source.tensors[name]
+        if tensor.is_floating_point() == (field == "qweight"):
+            raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}")
+        return unpack(tensor)
 
     used |= {f"{prefix}.{field}" for field in ("smooth_orig", "smooth_factor_orig")}
     scale = take("wscales", unpack_rows)[rows, : k // GROUP_SIZE]
@@ -227,13 +239,29 @@ def _stored(source: NunchakuSource, prefix: str, rows: slice, k: int, shifted: b
         codes=take("qweight", unpack_codes)[rows, :k], scale=scale, smooth=take(names.smooth, unpack_rows)[:k].float(),
         down=down, up=up, bias=take("bias", unpack_rows)[rows].double(),
     )  # fmt: skip
-    if linear.codes.shape[1] != k or len(linear.codes) != rows.stop - rows.start:
-        raise CheckpointError(f"{prefix}.qweight is smaller than the configuration says")
+    n = rows.stop - rows.start
+    rank = linear.down.shape[1]
+    wanted = {
+        "codes": (n, k),
+        "scale": (n, k // GROUP_SIZE),
+        "smooth": (k,),
+        "down": (k, rank),
+        "up": (n, rank),
+        "bias": (n,),
+    }
+    _check_shapes(prefix, linear.__dict__, wanted)
     if not shifted:
         return linear
     signed = ((linear.codes.double() + 8) % 16 - 8).unflatten(1, (-1, GROUP_SIZE)) * linear.scale.double()[..., None]
     share = (signed.flatten(1) / linear.smooth.double()).sum(1) * GELU_SHIFT
     return replace(linear, bias=linear.bias + share)
+
+
+def _check_shapes(prefix: str, found: Mapping[str, torch.Tensor | None], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for part, shape in wanted.items():
+        tensor = found[part]
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise CheckpointError(f"the {part} of {prefix} have shape {tuple(tensor.shape)}, not {shape}")
 
 
 def _trimmed(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,13 +281,16 @@ def _say_rounded(path: Path) -> None:
 
 
 def _weight_only(
-    source: NunchakuSource, name: str
+    source: NunchakuSource, name: str, dense: torch.nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """codes [N, K], scale [N, K/64], zero [N, K/64], bias [N], in diffusers' order of rows."""
     codes = unpack_weight_only(source.tensors[f"{name}.qweight"])
     groups = codes.shape[1] // GROUP_SIZE
     scale, zero = (source.tensors[f"{name}.{f}"][:groups].T for f in ("wscales", "wzeros"))
     bias = source.tensors.get(f"{name}.bias")
+    n, k = dense.out_features, dense.in_features
+    wanted = {"codes": (n, k), "scale": (n, k // GROUP_SIZE), "zero": (n, k // GROUP_SIZE), "bias": (n,)}
+    _check_shapes(name, {"codes": codes, "scale": scale, "zero": zero, "bias": bias}, wanted)
     if source.lite:
         return codes, scale, zero, bias
     parts = _MODULATION[name.split(".", 2)[2]]
@@ -274,12 +305,14 @@ def _weight_only(
     return in_order(codes), in_order(scale), in_order(zero), bias
 
 
-def _modulation(source: NunchakuSource, name: str, fmt: WeightFormat, used: set[str]) -> dict[str, torch.Tensor] | None:
+def _modulation(
+    source: NunchakuSource, name: str, dense: torch.nn.Linear, fmt: WeightFormat, used: set[str]
+) -> dict[str, torch.Tensor] | None:
     """Our tensors of a modulation linear; None where its zero points are not all `ZERO_POINT`."""
     used |= {f"{name}.{f}" for f in ("qweight", "wscales", "wzeros", "bias", "lora_down", "lora_up")}
     if f"{name}.qweight" not in source.tensors:
         return None
-    codes, scale, zero, bias = _weight_only(source, name)
+    codes, scale, zero, bias = _weight_only(source, name, dense)
     off = zero.float() + ZERO_POINT * scale.float()
     if (off.abs() > ZERO_POINT * scale.float().abs() * 2**-7).any():
         return None
@@ -287,13 +320,13 @@ def _modulation(source: NunchakuSource, name: str, fmt: WeightFormat, used: set[
     return out if bias is None else out | {"bias": bias.contiguous()}
 
 
-def _dense_modulation(source: NunchakuSource, plans: list[SitePlan]) -> dict[str, torch.Tensor]:
+def _dense_modulation(source: NunchakuSource, model: torch.nn.Module, plans: list[SitePlan]) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     for name in (p.owner for p in plans if p.method is None):
         if f"{name}.qweight" not in source.tensors:
             out[f"{name}.weight"], out[f"{name}.bias"] = (source.tensors[f"{name}.{f}"] for f in ("weight", "bias"))
             continue
-        codes, scale, zero, bias = _weight_only(source, name)
+        codes, scale, zero, bias = _weight_only(source, name, linear_at(model, name))
         wide = codes.float().unflatten(1, (-1, GROUP_SIZE)) * scale.float()[..., None] + zero.float()[..., None]
         out[f"{name}.weight"] = wide.flatten(1).to(scale.dtype)
         if bias is not None:

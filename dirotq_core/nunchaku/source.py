@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class NunchakuSource:
 def is_nunchaku(path: Path) -> bool:
     """Whether the file or folder is one of theirs, by its header or configuration; nothing is loaded."""
     if path.is_file():
-        return path.suffix == ".safetensors" and _looks_packed(read_headers([path]))
+        return path.suffix == ".safetensors" and looks_packed(read_headers([path]))
     if not path.is_dir():
         return False
     if (path / SPLIT[0]).is_file():
@@ -68,8 +68,10 @@ def is_nunchaku(path: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == "nunchaku_lite"
 
 
-def _looks_packed(names: Mapping[str, Any]) -> bool:
-    return any(n.endswith(".qweight") for n in names) and any(n.endswith((".lora_down", ".proj_down")) for n in names)
+def looks_packed(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are W4A4 linears as Nunchaku calls their parts."""
+    kinds = {n.rpartition(".")[2] for n in names}
+    return "qweight" in kinds and not kinds.isdisjoint({"lora_down", "proj_down"})
 
 
 def open_nunchaku(path: Path) -> NunchakuSource:
