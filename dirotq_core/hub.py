@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -64,8 +65,8 @@ def push(
         message = commit_message or "Upload a model quantized by dirotq"
         with tempfile.TemporaryDirectory() as folder:
             staged = Path(folder)
-            if path.is_file():  # a link: the upload reads through it
-                (staged / path.name).symlink_to(path.resolve())
+            if path.is_file():
+                _link(path, staged / path.name)
             if readme is not None:
                 (staged / CARD_NAME).write_text(readme, encoding="utf-8")
             if path.is_dir():
@@ -84,10 +85,13 @@ def _link(item: Path, target: Path) -> None:
         for inner in item.iterdir():
             _link(inner, target / inner.name)
     else:
-        try:
-            target.symlink_to(item.resolve())
-        except OSError:  # Windows without the right to make links
-            shutil.copyfile(item, target)
+        for make in (os.symlink, os.link, shutil.copyfile):  # Windows wants a right for links, hard ones one disk
+            try:
+                make(item.resolve(), target)
+                return
+            except OSError:
+                if make is shutil.copyfile:
+                    raise
 
 
 def base_of_files(path: Path) -> str | None:
