@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 #: Tensors of a dtype of their own. The loader writes what goes to disk in the compute dtype, except what its list of
 #: float32 modules names; accelerate reads it back in the dtype of our empty parameters, so that no bit is lost.
-KEEP_IN_FP32 = ("weight_scale", "smooth", "low_rank", "basis", "rotation")
+KEEP_IN_FP32 = ("weight_scale", "smooth", "shift", "low_rank", "basis", "rotation")
 
 #: What data-free quantization reads; 8-bit floats mostly come with scales elsewhere in the file.
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -226,7 +226,8 @@ def _fold_smooth(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tenso
 
 def _prepare_smooth_input(s: SiteStatistics) -> Tensors:
     t = _prepare_smooth(s)
-    return {"smooth": t["smooth"], "basis": (t["basis"].float() / t["smooth"][:, None]).to(torch.bfloat16)}
+    basis = (t["basis"].float() / t["smooth"][:, None]).to(torch.bfloat16)
+    return {"smooth": t["smooth"], "basis": basis, "shift": torch.zeros_like(t["smooth"])}
 
 
 def _apply_smooth_input(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +274,7 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "smooth_svd_input": Transform(
         _prepare_smooth_input, _apply_smooth_input, _fold_smooth_input,
-        shapes=lambda k, r: {"smooth": (k,), "basis": (k, r)},
+        shapes=lambda k, r: {"smooth": (k,), "basis": (k, r), "shift": (k,)},
         low_features=lambda k, r: k, kernel=False, subspace=True, fast_unfold=_unfold_smooth_input,
     ),
 }  # fmt: skip
@@ -285,6 +286,7 @@ SITE_DTYPES = {
     "permutation": torch.int32,
     "rotation": torch.bfloat16,
     "smooth": torch.float32,
+    "shift": torch.float32,  # of v before it is rounded without a sign; see `fake_quantize`
 }
 
 

@@ -1,10 +1,10 @@
 """Nunchaku's tensors → ours, site by site.
 
 Nunchaku computes y = Q(x / λ) (q ∘ s)ᵀ + (x A) Bᵀ + b: that is our method `nunchaku`, with λ as `smooth`, A as `basis`,
-B as `low_rank`; codes and scales are taken as they are. Three of its habits are undone:
+B as `low_rank`; codes and scales are taken as they are. Three of its habits become ours:
 
-- Behind GELU it quantizes (x + 0.171875) / λ with unsigned codes, b made up for that; here x / λ is quantized, with
-  codes that have an offset of their own, so the shift's share goes back: b + 0.171875 Σ_k q_k s_k / λ_k.
+- Behind GELU it quantizes x / λ + c, c = 0.171875 / λ, with unsigned codes, and b makes up for c. Here c is `shift`,
+  which is taken off after rounding, so its share goes back to the bias: b + Σ_k q_k s_k c_k. The sum is the same.
 - FLUX.1's single blocks have two linears where diffusers has one `proj_out`: their columns side by side.
 - Modulation layers are stored with the rows of (shift, scale, gate, …) interleaved and with 1 added to the scales'
   biases.
@@ -70,7 +70,7 @@ _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 class Linear:
     """A W4A4 linear, unpacked: codes uint8 [N, K], scale [N, K/64], smooth [K], down [K, r], up [N, r], bias [N].
 
-    The bias is float64 until it is complete.
+    The bias is float64 until it is complete. shift: c [K], 0 where codes have a sign.
     """
 
     codes: torch.Tensor
@@ -79,6 +79,7 @@ class Linear:
     down: torch.Tensor
     up: torch.Tensor
     bias: torch.Tensor
+    shift: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _site(
         low_rank[:, starts[at] : starts[at + 1]] = linear.up
         packed = plan.format.pack(linear.codes)
         out.append({"weight": packed, "weight_scale": linear.scale, "low_rank": low_rank, "bias": linear.bias})
-    return {"smooth": smooth, "basis": torch.cat(branches, 1)}, out
+    return {"smooth": smooth, "basis": torch.cat(branches, 1), "shift": linears[0].shift}, out
 
 
 def _linear(source: NunchakuSource, name: str, dense: torch.nn.Linear, used: set[str]) -> Linear:
@@ -215,6 +216,7 @@ def _linear(source: NunchakuSource, name: str, dense: torch.nn.Linear, used: set
         down=torch.block_diag(*(f.down for f in found)),
         up=torch.cat([f.up for f in found], 1),
         bias=torch.stack([f.bias for f in found]).sum(0),
+        shift=torch.cat([f.shift for f in found]),
     )
 
 
@@ -235,9 +237,10 @@ def _stored(source: NunchakuSource, prefix: str, rows: slice, k: int, shifted: b
     if scale.dtype != torch.bfloat16:
         _say_rounded(source.path)
     down, up = _trimmed(take(names.down, unpack_down)[:k], take(names.up, unpack_up)[rows])
+    smooth = take(names.smooth, unpack_rows)[:k].float()
     linear = Linear(
-        codes=take("qweight", unpack_codes)[rows, :k], scale=scale, smooth=take(names.smooth, unpack_rows)[:k].float(),
-        down=down, up=up, bias=take("bias", unpack_rows)[rows].double(),
+        codes=take("qweight", unpack_codes)[rows, :k], scale=scale, smooth=smooth, down=down, up=up,
+        bias=take("bias", unpack_rows)[rows].double(), shift=(GELU_SHIFT if shifted else 0.0) / smooth,
     )  # fmt: skip
     n = rows.stop - rows.start
     rank = linear.down.shape[1]
@@ -253,8 +256,7 @@ def _stored(source: NunchakuSource, prefix: str, rows: slice, k: int, shifted: b
     if not shifted:
         return linear
     signed = ((linear.codes.double() + 8) % 16 - 8).unflatten(1, (-1, GROUP_SIZE)) * linear.scale.double()[..., None]
-    share = (signed.flatten(1) / linear.smooth.double()).sum(1) * GELU_SHIFT
-    return replace(linear, bias=linear.bias + share)
+    return replace(linear, bias=linear.bias + signed.flatten(1) @ linear.shift.double())
 
 
 def _check_shapes(prefix: str, found: Mapping[str, torch.Tensor | None], wanted: Mapping[str, tuple[int, ...]]) -> None:
