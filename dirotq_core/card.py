@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .base_model import CARD_NAME, BaseModel
+from .card_metrics import evaluation_text
 from .files import read_json
 from .inspect import Inspection, LinearRow, inspect_checkpoint
 from .methods import method
@@ -41,8 +43,9 @@ def is_users_text(card: bytes) -> bool:
 
 
 def write_card(
-    path: str | Path, base: BaseModel | None = None, repo_id: str | None = None, name: str | None = None
-) -> Path | None:
+    path: str | Path, base: BaseModel | None = None, repo_id: str | None = None, name: str | None = None,
+    evaluation: str | Path | None = None,
+) -> Path | None:  # fmt: skip
     """Write README.md into the folder of a quantized transformer or pipeline; None if the user's own is there.
 
     Args:
@@ -50,10 +53,10 @@ def write_card(
             the folder when it is not the present one.
 
     Raises:
-        CheckpointError: it is not a DiRotQ checkpoint.
+        CheckpointError: it is not a DiRotQ checkpoint. ValueError: `evaluation` does not hold this model.
     """
     readme = Path(path) / CARD_NAME
-    text = card_text(path, base, repo_id, name)
+    text = card_text(path, base, repo_id, name, evaluation)
     if is_users(readme):
         return None
     readme.write_text(text, encoding="utf-8")
@@ -61,8 +64,9 @@ def write_card(
 
 
 def card_text(
-    path: str | Path, base: BaseModel | None = None, repo_id: str | None = None, name: str | None = None
-) -> str:
+    path: str | Path, base: BaseModel | None = None, repo_id: str | None = None, name: str | None = None,
+    evaluation: str | Path | None = None,
+) -> str:  # fmt: skip
     """The card of a checkpoint (folder or single file), as `write_card` writes it. Errors as there."""
     from huggingface_hub import ModelCardData
 
@@ -79,7 +83,7 @@ def card_text(
         _table(found, path),
         _diffusers(found, base, pipeline, name) if path.is_dir() else "",
         _comfyui(path, repo_id),
-        _quality(found.rows),
+        _quality(found.rows, evaluation_text(evaluation, path) if evaluation else ""),
         _licence(base),
     ]
     return "\n\n".join(s for s in sections if s) + "\n"
@@ -171,17 +175,23 @@ def _comfyui(path: Path, repo_id: str | None) -> str:
     )
 
 
-def _quality(rows: Sequence[LinearRow]) -> str:
+def _quality(rows: Sequence[LinearRow], evaluation: str) -> str:
+    parts = [part for part in (evaluation, _linears(rows)) if part]
+    if not parts:
+        parts = ["Not measured: the model was quantized without calibration, or its report is not here."]
+    return "## Quality\n\n" + "\n\n".join(parts)
+
+
+def _linears(rows: Sequence[LinearRow]) -> str:
     known = [(r.output_db, r.name) for r in rows if r.output_db is not None and not math.isnan(r.output_db)]
     if not known:
-        return "## Quality\n\nNot measured: the model was quantized without calibration, or its report is not here."
+        return ""
     # W4A16 linears, which see one row per image, would only lift the median.
-    main = sorted(db for r in rows if (db := r.output_db) is not None and not r.scheme.endswith("A16"))
+    main = [db for r in rows if (db := r.output_db) is not None and not r.scheme.endswith("A16")]
     worst = ", ".join(f"`{name}` {db:.1f} dB" for db, name in sorted(known)[:WORST])
-    middle = main[len(main) // 2] if main else sorted(known)[len(known) // 2][0]
     return (
-        "## Quality\n\nSignal-to-quantization-noise ratio of the quantized linears' outputs on calibration tokens that "
-        f"were held out: median {middle:.1f} dB; lowest: {worst}."
+        "Signal-to-quantization-noise ratio of the quantized linears' outputs on calibration tokens that were held out:"
+        f" median {median(main or [db for db, _ in known]):.1f} dB; lowest: {worst}."
     )
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+_EVALUATION = "report.json of an evaluation of the model, or its folder; its metrics go into the card"
+
 
 def add_parsers(commands: Any) -> None:
     """Add the commands to the parser's commands."""
@@ -17,6 +19,7 @@ def add_parsers(commands: Any) -> None:
     )
     card.add_argument("path", type=Path, metavar="PATH", help="a quantized transformer or pipeline")
     card.add_argument("--base-model", metavar="ID", help="Hub id of the dense model, which the licence is taken from")
+    card.add_argument("--evaluation", type=Path, metavar="PATH", help=_EVALUATION)
     card.add_argument("--repo-id", metavar="OWNER/NAME", help="where the model will be on the Hub, for the examples")
     card.set_defaults(run=_card)
 
@@ -29,6 +32,7 @@ def add_parsers(commands: Any) -> None:
     push.add_argument("path", type=Path, metavar="PATH", help="a quantized transformer or pipeline, or a single file")
     push.add_argument("repo_id", metavar="OWNER/NAME", help="repository; made if it does not exist")
     push.add_argument("--base-model", metavar="ID", help="Hub id of the dense model (default: what the files say)")
+    push.add_argument("--evaluation", type=Path, metavar="PATH", help=_EVALUATION)
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument(
         "--gated", choices=("auto", "manual", "no"), help="of the repository (default: a new one as its base model is)"
@@ -44,7 +48,8 @@ def _card(args: argparse.Namespace) -> None:
     from .card import write_card
     from .hub import base_of_files
 
-    written = write_card(args.path, look_up(args.base_model or base_of_files(args.path)), args.repo_id)
+    base = look_up(args.base_model or base_of_files(args.path))
+    written = write_card(args.path, base, args.repo_id, evaluation=args.evaluation)
     print(written or f"{args.path / 'README.md'} is yours and stays as it is")
 
 
@@ -56,5 +61,6 @@ def _push(args: argparse.Namespace) -> None:
         push(
             args.path, args.repo_id, base_model=args.base_model, private=args.private, gated=gated,
             revision=args.revision, create_pr=args.create_pr, commit_message=args.message,
+            evaluation=args.evaluation,
         )
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 from .base_model import CARD_NAME, BaseModel, base_of, look_up
 from .card import card_text, is_users, is_users_text, write_card
+from .card_metrics import evaluation_text
 from .checkpoint import CheckpointError
 from .hub_errors import HubError, writing
 from .inspect import find_transformer, inspect_checkpoint
@@ -33,6 +34,7 @@ def push(
     token: str | bool | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    evaluation: str | Path | None = None,
 ) -> str:
     """Upload a quantized checkpoint with its model card and return the commit's address.
 
@@ -43,6 +45,7 @@ def push(
         path: folder of a quantized pipeline or transformer, or a single file. repo_id: "owner/name"; made if absent.
         base_model: Hub id of the dense model; None: what the checkpoint's card and configuration say.
         private: of a new repository. gated: "auto", "manual" or False instead of what the base model is.
+        evaluation: report.json of an evaluation, or its folder, for the card.
         revision: branch to push to. token: access token; None: that of `hf auth login` or HF_TOKEN.
 
     Raises:
@@ -55,12 +58,14 @@ def push(
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     inspect_checkpoint(path)  # before anything is made on the Hub
+    if evaluation is not None:
+        evaluation_text(evaluation, path)
     api = HfApi(token=token)
     base = look_up(base_model or base_of_files(path), token)
     with writing(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         respect_gate(api, repo_id, base, gated)
-        readme = _card_to_push(api, path, base, repo_id, revision)
+        readme = None if _users_card(api, path, repo_id, revision) else card_text(path, base, repo_id, None, evaluation)
         upload: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "create_pr": create_pr}
         message = commit_message or "Upload a model quantized by dirotq"
         with tempfile.TemporaryDirectory() as folder:
@@ -124,12 +129,12 @@ def respect_gate(api: Any, repo_id: str, base: BaseModel, gated: str | bool | No
     logger.info("%s is gated now (%s), as %s is", repo_id, wanted, base.name)
 
 
-def _card_to_push(api: Any, path: Path, base: BaseModel, repo_id: str, revision: str | None) -> str | None:
-    """The generated card; None where the user's own counts, here or on the Hub."""
+def _users_card(api: Any, path: Path, repo_id: str, revision: str | None) -> bool:
+    """Whether the user has written a card, here or on the Hub."""
     if path.is_dir() and is_users(path / CARD_NAME):
-        return None
+        return True
     there = _remote_card(api, repo_id, revision)
-    return None if there is not None and is_users_text(there) else card_text(path, base, repo_id)
+    return there is not None and is_users_text(there)
 
 
 def _remote_card(api: Any, repo_id: str, revision: str | None) -> bytes | None:

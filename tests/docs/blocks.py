@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: A part of a block that cannot run here → why. The rest of the block's page runs without it.
 CANNOT_RUN = {
-    "enable_model_cpu_offload": "offloading wants an accelerator",
-    "enable_group_offload": "offloading wants an accelerator",
+    "_offload(": "offloading wants an accelerator",
     "compile_repeated_blocks(": "compiles for a minute; tests/backend compiles one block",
     "dirotq demo": "draws for minutes; tests/demo runs it",
     "git clone": "needs a network and ComfyUI",
