@@ -50,7 +50,7 @@ def write_card(
 
     Args:
         path: the folder. base: what it was made of. repo_id: where it will be on the Hub, for the examples. name: of
-            the folder when it is not the present one.
+            the folder when it is not the present one. evaluation: report.json of an evaluation of it, or its folder.
 
     Raises:
         CheckpointError: it is not a DiRotQ checkpoint. ValueError: `evaluation` does not hold this model.

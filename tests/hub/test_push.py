@@ -77,6 +77,20 @@ def test_diffusers_own_methods(hub, login):
     assert card_data(hub.repositories["ada/again"].files["README.md"])["base_model"] == BASE
 
 
+def test_what_a_card_says_works(hub, login, pipeline_folder):
+    """Its Python block, of a pipeline and of a transformer alone, but for the GPU and the drawing."""
+    login("hf_writer")
+    dirotq.push(pipeline_folder, ID, base_model=BASE)
+    dirotq.push(pipeline_folder / "transformer", "ada/transformer", base_model=BASE)
+    for repo_id in (ID, "ada/transformer"):
+        card = hub.repositories[repo_id].files["README.md"].decode()
+        (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        *load, draw = block.replace('"cuda"', '"cpu"').splitlines()
+        names = {}
+        exec("\n".join(load), names)
+        assert draw.startswith("image = pipe(") and names["pipe"].transformer.is_quantized
+
+
 def test_save_pretrained_that_pushes(hub, login, tmp_path):
     login("hf_writer")
     pipeline = quantized_pipeline(BASE)
