@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .hub_errors import hub_errors, reading_sentence
+from .hub_files import TIMEOUT
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
-#: Seconds until the Hub counts as unreachable.
-TIMEOUT = 20
 #: Metadata that a quantized model takes over from its base.
 INHERITED = (
     "license", "license_name", "license_link", "language", "pipeline_tag", "extra_gated_prompt", "extra_gated_fields",

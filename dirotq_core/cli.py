@@ -78,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         "becomes a transformer's folder. Every tensor keeps its bytes. An SVDQuant INT4 checkpoint of FLUX.1 as "
         "Nunchaku or nunchaku_lite store it becomes either, as --out is called.",
     )
-    convert.add_argument("source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file")
+    convert.add_argument(
+        "source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file; here or on the Hub "
+        "(OWNER/NAME or OWNER/NAME/FILE.safetensors)",
+    )  # fmt: skip
+    convert.add_argument("--revision", help="branch, tag or commit on the Hub")
     convert.add_argument("--out", type=Path, required=True, help="what to write; must not exist")
     convert.set_defaults(run=_convert)
 
@@ -99,9 +103,12 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from .hub_files import local_checkpoint
     from .single_file import convert
 
-    print(convert(args.source, args.out))
+    if args.out.exists():  # before anything is downloaded
+        raise FileExistsError(f"{args.out} exists; choose another name")
+    print(convert(local_checkpoint(args.source, args.revision), args.out))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,8 @@ from tqdm.auto import tqdm
 from ..dirotq_core.checkpoint import CheckpointError
 from ..dirotq_core.files import read_json
 from ..dirotq_core.hub_errors import hub_errors, reading_sentence
+from ..dirotq_core.hub_files import TIMEOUT, checkpoint_names
 from .hub_folder import Record, folder_of, read_record, write_record
-
-#: Files of a transformer beside its weights.
-_JSON = ("config.json", "diffusion_pytorch_model.safetensors.index.json", "dirotq_report.json")
-#: Files beside the folder of a pipeline's transformer.
-_PIPELINE = ("model_index.json", "dirotq_report.json")
-#: Seconds until the Hub counts as unreachable.
-_TIMEOUT = 20
 
 logger = logging.getLogger(__name__)
 
@@ -68,25 +62,12 @@ def _listing(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
     except hub_errors() as error:
         raise _Unavailable(reading_sentence(error, repo_id, revision)) from error
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-    names = _wanted(sizes, f"{repo_id!r} at revision {revision!r}")
+    names = checkpoint_names(sizes, f"{repo_id!r} at revision {revision!r}")
     return str(info.sha), {name: sizes[name] for name in sorted(names, key=sizes.__getitem__)}
-
-
-def _wanted(files: Mapping[str, int], where: str) -> list[str]:
-    for prefix in ("transformer/", ""):
-        if prefix + "config.json" in files:
-            weights = [f for f in files if re.fullmatch(re.escape(prefix) + r"[^/]+\.safetensors", f)]
-            beside = _PIPELINE if prefix and "model_index.json" in files else ()
-            return weights + [f for f in [*(prefix + j for j in _JSON), *beside] if f in files]
-    single = [f for f in files if "/" not in f and f.endswith(".safetensors")]
-    if len(single) != 1:
-        found = f"several single files ({', '.join(sorted(single))})" if single else "no config.json and no single file"
-        raise ValueError(f"{where} has {found}; a repository must hold one DiRotQ checkpoint")
-    return single
 
 
 def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], target: Path) -> Record:

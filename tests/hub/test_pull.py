@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 
 import dirotq
+from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.demo.embedded import MODELS
 
 from ..hub_server import Repository
@@ -162,6 +163,57 @@ def test_a_damaged_download_is_named(pushed):
     pushed.repositories[ID].files[f"transformer/{WEIGHTS}"] = data[: len(data) // 2]
     with pytest.raises(Exception, match=rf"Unable to load weights .*{WEIGHTS}"):
         load()
+
+
+def test_convert_from_the_hub(pushed, pipeline_folder, monkeypatch, tmp_path, capsys):
+    """A repository, a single file of one, a revision; offline from the cache; only what is needed is fetched."""
+    from huggingface_hub import constants
+
+    assert main(["convert", str(pipeline_folder), "--out", str(tmp_path / "here.safetensors")]) == 0
+    expected = (tmp_path / "here.safetensors").read_bytes()
+    pushed.repositories["ada/single"] = Repository({"flux.safetensors": expected, "README.md": b""})
+    first = pushed.repositories[ID].commit
+    for i, source in enumerate(([ID], [ID, "--revision", first])):
+        out = tmp_path / f"{i}.safetensors"
+        assert main(["convert", *source, "--out", str(out)]) == 0 and out.read_bytes() == expected
+    assert not any("text_encoder" in p for p, _ in pushed.downloads())
+    for i, source in enumerate(("ada/single", "ada/single/flux.safetensors")):
+        assert main(["convert", source, "--out", str(tmp_path / f"folder{i}")]) == 0
+        assert same(load_folder(tmp_path / f"folder{i}"), state(load_folder(pipeline_folder / "transformer")))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for source, out in ((ID, "offline.safetensors"), ("ada/single", "offline")):
+        assert main(["convert", source, "--out", str(tmp_path / out)]) == 0
+    assert (tmp_path / "offline.safetensors").read_bytes() == expected
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    pushed.__exit__()
+    try:
+        assert main(["convert", ID, "--out", str(tmp_path / "unreachable.safetensors")]) == 0
+    finally:
+        pushed.__enter__()
+
+
+def load_folder(folder):
+    return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["ada/absent"], "'ada/absent' is no file or folder, and the Hub has no 'ada/absent', or it is private"),
+        ([ID, "--revision", "v9"], f"'{ID}' is no file or folder, and the Hub has '{ID}', but no revision 'v9'"),
+        ([f"{ID}/x.safetensors"], f"'{ID}/x.safetensors' is no file or folder, and the Hub answered 404"),
+        (["nothing.safetensors"], "nothing.safetensors is missing or no regular file"),
+        (
+            ["nothing.safetensors", "--revision", "v1"],
+            "a revision is for the Hub, and nothing.safetensors is no",
+        ),
+        (["lab/flux-tiny"], "'lab/flux-tiny' is no file or folder, and 'lab/flux-tiny' is gated"),
+    ],
+)
+def test_convert_says_what_is_not_there(pushed, tmp_path, monkeypatch, capsys, source, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", *source, "--out", "out"]) == 1
+    assert f"dirotq convert: {message}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 MIRROR = """
