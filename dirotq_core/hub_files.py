@@ -69,10 +69,10 @@ def local_checkpoint(source: str | Path, revision: str | None = None) -> Path:
 
 def _cached(repo_id: str, revision: str) -> Path | None:
     """The folder of a revision in the Hub's cache, complete or not."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return None
     revisions = [
