@@ -53,9 +53,12 @@ def write_card(
             the folder when it is not the present one. evaluation: report.json of an evaluation of it, or its folder.
 
     Raises:
-        CheckpointError: it is not a DiRotQ checkpoint. ValueError: `evaluation` does not hold this model.
+        CheckpointError: it is not a DiRotQ checkpoint. ValueError: it is a single file, or `evaluation` does not
+            hold this model.
     """
     readme = Path(path) / CARD_NAME
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a single file; a card stands in a folder, and `dirotq push` writes one for a file")
     text = card_text(path, base, repo_id, name, evaluation)
     if is_users(readme):
         return None

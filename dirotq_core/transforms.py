@@ -238,7 +238,9 @@ def _fold_smooth_input(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch
     smooth = t["smooth"].to(w.device, w.dtype)
     a = t["basis"].to(w.device, w.dtype) * smooth[:, None]  # as v sees it
     w = w * smooth
-    low_rank = torch.linalg.solve(a.T @ a, (w @ a).T).T
+    # Imported bases have columns of zeros, which a solver would not take.
+    inverse = torch.linalg.pinv((a.T @ a).double(), hermitian=True).to(w.dtype)
+    low_rank = (w @ a) @ inverse
     return w - low_rank @ a.T, low_rank
 
 

@@ -177,6 +177,20 @@ def relative(found, reference):
     return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
 
 
+def test_other_weights_fit_an_imported_site(imported):
+    """What ComfyUI does to a weight that a LoRA has changed: fold and unfold are inverse, zero columns or not."""
+    g = torch.Generator().manual_seed(7)
+    for name, module in quantized_linears(imported).items():
+        if module.plan.transform is None:
+            continue
+        site = module.site.tensors()
+        w = torch.randn(5, module.in_features, generator=g)
+        rest, low_rank = module.plan.transform.fold(w, site)
+        torch.testing.assert_close(module.plan.transform.unfold(rest, low_rank, site), w, rtol=1e-3, atol=1e-3)
+        unused = ~site["basis"].any(0)
+        assert not low_rank[:, unused].any(), name
+
+
 def test_the_whole_model(model, imported):
     """With 16-bit activations the imported model is the dense one that the file stands for."""
     dirotq.set_activation_bits(imported, 16)

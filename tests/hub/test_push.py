@@ -151,6 +151,7 @@ def test_a_single_file(hub, login, pipeline_folder, tmp_path):
     assert repository.files["flux-tiny.safetensors"] == file.read_bytes() and repository.gated is False
     card = repository.files["README.md"].decode()
     assert "## In ComfyUI" in card and "## In diffusers" not in card
+    assert main(["card", str(file)]) == 1  # there is no place for it
 
 
 def test_what_was_measured_is_in_the_card(hub, login, embedded_report):
