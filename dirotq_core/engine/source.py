@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,10 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
 
 
 def _download(name: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        root = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json", CARD_NAME]))
+        root = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json"]))
         if weights:
             index = root / "model_index.json"
             folders = [c for c in read_json(index) if not c.startswith("_")] if index.is_file() else ["."]
@@ -185,4 +186,7 @@ def _download(name: str, weights: bool) -> Path:
             snapshot_download(name, allow_patterns=["*.json", *patterns], ignore_patterns=["*.fp16.*", "*.bf16.*"])
     except hub_errors() as error:
         raise CheckpointError(f"{name!r} is no folder, and {reading_sentence(error, name)}") from error
+    if weights:
+        with suppress(*hub_errors()):  # for the licence; where it is not, or not in the cache, nothing is lost
+            hf_hub_download(name, CARD_NAME)
     return root

@@ -191,8 +191,12 @@ def test_a_model_on_the_hub(flux, monkeypatch):
         asked.append(allow_patterns)
         return str(flux.model.folder)
 
+    def no_card(name, filename):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert not source.open_source("some/flux", weights=False).entries and asked == [["*.json", "*/*.json", "README.md"]]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_card)
+    assert not source.open_source("some/flux", weights=False).entries and asked == [["*.json", "*/*.json"]]
     assert source.open_source("some/flux").entries
     assert "transformer/*.safetensors" in asked[-1] and not any("*.bin" in p for p in asked[-1])
 

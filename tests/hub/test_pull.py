@@ -262,3 +262,11 @@ def test_quantize_from_the_hub(hub, login, tmp_path, caplog):
     card = (out / "README.md").read_text()
     assert "base_model: lab/flux-tiny" in card and "license_name: flux-1-dev-non-commercial-license" in card
     assert 'FluxPipeline.from_pretrained("out"' in card and "models/diffusion_models" in card
+    hub.__exit__()  # and again from the cache, with the same card
+    try:
+        quantize_checkpoint("lab/flux-tiny", tmp_path / "again", calibration="none", progress=False)
+    finally:
+        hub.__enter__()
+    assert (tmp_path / "again" / "README.md").read_text() == card.replace('"out"', '"again"').replace(
+        "# out", "# again"
+    )
