@@ -20,6 +20,7 @@ _LAZY = {
     "EngineOptions": ".dirotq_core.engine",
     "quantize_checkpoint": ".dirotq_core.engine",
     "set_activation_bits": ".dirotq_core.build",
+    "push": ".dirotq_core.hub",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -66,16 +66,26 @@ def quantize_to_table(v: torch.Tensor, fmt: ActivationFormat) -> tuple[torch.Ten
     return nearest_entry(fmt.table, v * inverse[:, None]), torch.where(inverse > 0, scale, 0)
 
 
-def fake_quantize(v: torch.Tensor, fmt: ActivationFormat) -> torch.Tensor:
+def fake_quantize(v: torch.Tensor, fmt: ActivationFormat, shift: torch.Tensor | None = None) -> torch.Tensor:
     """v [M, K] rounded to `fmt` per token and 64 columns, in v's dtype; gradients pass straight through.
 
     Asymmetric: step (max − min)/(2ᵇ − 1) from min (DiRotQ, per-group min/max). Symmetric: step max|v|/(2ᵇ⁻¹ − 1).
+
+    Args:
+        shift: c [K], for symmetric formats: groups of columns where it is positive are rounded as v + c to codes
+            without a sign, step max|v + c|/(2ᵇ − 1), and c is taken off again (SVDQuant, for inputs behind GELU).
     """
     groups = v.detach().float().unflatten(-1, (-1, GROUP_SIZE))
     if fmt.symmetric:
         top = 2 ** (fmt.bits - 1) - 1
         step = groups.abs().amax(-1, keepdim=True) / top
         rounded = torch.round(groups / step.clamp(min=1e-30)).clamp(-top - 1, top) * step
+        if shift is not None:
+            columns = shift.float().unflatten(0, (-1, GROUP_SIZE))
+            moved, most = groups + columns, 2**fmt.bits - 1
+            step = moved.abs().amax(-1, keepdim=True) / most
+            unsigned = torch.round(moved / step.clamp(min=1e-30)).clamp(0, most) * step - columns
+            rounded = torch.where((columns > 0).all(1, keepdim=True), unsigned, rounded)
     else:
         low = groups.amin(-1, keepdim=True)
         step = (groups.amax(-1, keepdim=True) - low) / (2**fmt.bits - 1)

@@ -27,16 +27,18 @@ from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tens
 from .config import DiRotQConfig
 from .diffusers_habits import ignore_fusing, stop_ignoring_fusing, teach_flux_loras
 from .files import check_files, check_headers, read_headers
+from .hub import teach_pushing
 from .layout import SitePlan, linear_at, plan_sites
 from .linear import DiRotQLinear, InputSite
 from .peft_habits import forget_merging, teach_peft
+from .report import QuantizationReport
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
 
 #: Tensors of a dtype of their own. The loader writes what goes to disk in the compute dtype, except what its list of
 #: float32 modules names; accelerate reads it back in the dtype of our empty parameters, so that no bit is lost.
-KEEP_IN_FP32 = ("weight_scale", "smooth", "low_rank", "basis", "rotation")
+KEEP_IN_FP32 = ("weight_scale", "smooth", "shift", "low_rank", "basis", "rotation")
 
 #: What data-free quantization reads; 8-bit floats mostly come with scales elsewhere in the file.
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,6 +55,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: DiRotQConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._requested = quantization_config
+        self.report: QuantizationReport | None = None  # of a model quantized in memory
         # A copy: a pipeline configuration hands one object to every load.
         self.quantization_config = copy.deepcopy(quantization_config).resolved(calibrated=self.pre_quantized)
         self.dtype = torch.bfloat16
@@ -320,6 +323,7 @@ def _finish(model: Any) -> None:
         use_fused_attention(model)
     if is_peft_available():
         teach_peft(model)
+    teach_pushing()
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
         _hint_at_eight_bits()

@@ -69,8 +69,8 @@ def check_header(
 def check_values(name: str, tensor: torch.Tensor) -> None:
     """Raise CheckpointError for NaN and infinity in any tensor, and for values its kind cannot have.
 
-    Weight scales are not negative (0 is a row of zeros), smoothing factors are positive, signs are +1 or -1, a
-    permutation holds every index once.
+    Weight scales are not negative (0 is a row of zeros) and neither are shifts, smoothing factors are positive, signs
+    are +1 or -1, a permutation holds every index once.
     """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise CheckpointError(f"tensor {name!r} holds NaN or infinity")
@@ -78,6 +78,8 @@ def check_values(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"tensor {name!r} holds a negative scale")
     if name.endswith(".input_site.smooth") and (tensor <= 0).any():
         raise CheckpointError(f"tensor {name!r} holds a smoothing factor that is not positive")
+    if name.endswith(".input_site.shift") and (tensor < 0).any():
+        raise CheckpointError(f"tensor {name!r} holds a negative shift")
     if name.endswith(".input_site.signs") and not (tensor.abs() == 1).all():
         raise CheckpointError(f"tensor {name!r} holds values other than +1 and -1")
     if name.endswith(".input_site.permutation") and (tensor.sort().values.cpu() != torch.arange(len(tensor))).any():

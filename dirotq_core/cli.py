@@ -1,4 +1,4 @@
-"""The command line: ``dirotq demo``, ``dirotq quantize``, ``dirotq inspect``, ``dirotq convert``."""
+"""The command line: ``dirotq demo``, ``quantize``, ``inspect``, ``convert``, ``card``, ``push``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli_quantize
+from . import cli_hub, cli_quantize
 from .arguments import pick_device, positive
 
 
@@ -73,13 +73,20 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="between a diffusers folder and ComfyUI's single file",
+        help="between a diffusers folder and ComfyUI's single file, and from Nunchaku's",
         description="A folder (transformer or pipeline) becomes one .safetensors file for ComfyUI; such a file "
-        "becomes a transformer's folder. Every tensor keeps its bytes.",
+        "becomes a transformer's folder. Every tensor keeps its bytes. An SVDQuant INT4 checkpoint of FLUX.1 as "
+        "Nunchaku or nunchaku_lite store it becomes either, as --out is called.",
     )
-    convert.add_argument("source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file")
+    convert.add_argument(
+        "source", metavar="SOURCE", help="a quantized transformer or pipeline, or a single file; here or on the Hub "
+        "(OWNER/NAME or OWNER/NAME/FILE.safetensors)",
+    )  # fmt: skip
+    convert.add_argument("--revision", help="branch, tag or commit on the Hub")
     convert.add_argument("--out", type=Path, required=True, help="what to write; must not exist")
     convert.set_defaults(run=_convert)
+
+    cli_hub.add_parsers(commands)
     return parser
 
 
@@ -96,9 +103,12 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from .hub_files import local_checkpoint
     from .single_file import convert
 
-    print(convert(args.source, args.out))
+    if args.out.exists():  # before anything is downloaded
+        raise FileExistsError(f"{args.out} exists; choose another name")
+    print(convert(local_checkpoint(args.source, args.revision), args.out))
 
 
 if __name__ == "__main__":

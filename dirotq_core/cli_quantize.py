@@ -193,6 +193,8 @@ def _in_memory(args: argparse.Namespace, config: Any, prompts: list[str], call: 
     import torch
     from diffusers import DiffusionPipeline
 
+    from .base_model import hub_id, look_up, of_folder
+    from .card import write_card
     from .inspect import format_table, inspect_checkpoint
     from .quantize import quantize
 
@@ -204,5 +206,12 @@ def _in_memory(args: argparse.Namespace, config: Any, prompts: list[str], call: 
     pipeline.to(device)
     report = quantize(pipeline, config, prompts, call=call)
     target = pipeline.transformer if args.transformer_only else pipeline
-    write_folder(args.out, lambda folder: (target.save_pretrained(folder), report.save(folder)))
+
+    def write(folder: Path) -> None:
+        target.save_pretrained(folder)
+        report.save(folder)
+        source = Path(args.model)
+        write_card(folder, of_folder(source) if source.is_dir() else look_up(hub_id(args.model)), name=args.out.name)
+
+    write_folder(args.out, write)
     print(format_table(inspect_checkpoint(args.out), limit=0))

@@ -106,6 +106,8 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
         WeightFormat("codebook_g64", tuple(CODEBOOK16), 36.0, grouped=True),
         # Two's complement −8..7, as integer GEMMs and the published checkpoints have it.
         WeightFormat("int4_g64", tuple(INT4), 7 / 2.6, grouped=True),
+        # AWQ's unsigned codes with the zero point 7, as Nunchaku's modulation layers have them.
+        WeightFormat("uint4_g64", tuple(range(-7, 9)), 7 / 2.6, grouped=True),
         # Lloyd-Max on a Gaussian, rounded to integers that float8 e4m3 holds too, at the rms where that costs least:
         # 0.03, 0.005 and 0.00002 dB. The row's norm is its scale (OrbitQuant, arXiv 2607.02461).
         WeightFormat("lloyd4", tuple(CODEBOOK16), 34.79, grouped=False, searched=False),

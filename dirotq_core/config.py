@@ -42,7 +42,8 @@ class DiRotQConfig(QuantizationConfigMixin):
 
     Args:
         method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn", or
-            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits).
+            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits), "nunchaku" (what imported
+            SVDQuant checkpoints have).
         activation_bits: 4, 8 or 16; with some methods also 3 or 6. A run-time choice: see `dirotq.set_activation_bits`.
         activation_format: replaces the method's format of as many bits, for example "codebook" (4 bits).
         rank: width r of the 16-bit subspace. Exclusive with `high_fraction`.

@@ -174,7 +174,7 @@ class InputSite(nn.Module):
             return SiteOutput(v, None, branch)
         fmt = ACTIVATION_FORMATS[self.activation]
         if not fmt.lattice:
-            return SiteOutput(fake_quantize(v, fmt), None, branch)
+            return SiteOutput(fake_quantize(v, fmt, self.tensor("shift")), None, branch)
         _say_slower(x.device.type, f"{fmt.bits}-bit activations are rounded by no kernel")
         codes, scale = quantize_to_table(v.detach(), fmt)
         if torch.is_grad_enabled() and v.requires_grad:  # straight through: codes carry no gradient

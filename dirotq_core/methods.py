@@ -85,6 +85,10 @@ METHODS: dict[str, Method] = {
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",
     ),
+    "nunchaku": Method(
+        "smooth_svd_input", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
+        modulation_format="uint4_g64", source="SVDQuant, arXiv 2411.05007, in the arithmetic of Nunchaku's files",
+    ),
     "rtn": Method(
         "identity", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=0,
         source="round to nearest, groups of 64 on both sides",

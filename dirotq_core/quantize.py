@@ -77,6 +77,7 @@ def quantize(
         calibration.run(pipeline, prompts, call or {}, config.seed, progress)
     report, solved = solve_all(model, plans, config, calibration, progress)
     install_all(model, plans, config, solved)
+    pipeline.transformer.hf_quantizer.report = report  # `push_to_hub` saves it beside the model
     for note in report.notes():
         logger.warning("%s", note)
     return report

@@ -221,6 +221,34 @@ def _fold_smooth(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tenso
     return w - low_rank @ a.T, low_rank
 
 
+# --- the same with the branch on the input as it is: z = x A, which is how Nunchaku stores it ------------------------
+
+
+def _prepare_smooth_input(s: SiteStatistics) -> Tensors:
+    t = _prepare_smooth(s)
+    basis = (t["basis"].float() / t["smooth"][:, None]).to(torch.bfloat16)
+    return {"smooth": t["smooth"], "basis": basis, "shift": torch.zeros_like(t["smooth"])}
+
+
+def _apply_smooth_input(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    return x / t["smooth"].to(x.device, x.dtype), x @ t["basis"].to(x.device, x.dtype)
+
+
+def _fold_smooth_input(w: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    smooth = t["smooth"].to(w.device, w.dtype)
+    a = t["basis"].to(w.device, w.dtype) * smooth[:, None]  # as v sees it
+    w = w * smooth
+    # Imported bases have columns of zeros, which a solver would not take.
+    inverse = torch.linalg.pinv((a.T @ a).double(), hermitian=True).to(w.dtype)
+    low_rank = (w @ a) @ inverse
+    return w - low_rank @ a.T, low_rank
+
+
+def _unfold_smooth_input(w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
+    dense = w / t["smooth"].to(w.device, w.dtype)
+    return dense if low_rank is None else dense.addmm_(low_rank.to(w.dtype), t["basis"].to(w.device, w.dtype).T)
+
+
 TRANSFORMS: dict[str, Transform] = {
     "identity": Transform(
         _prepare_identity, _apply_identity, _apply_identity,
@@ -246,6 +274,11 @@ TRANSFORMS: dict[str, Transform] = {
         shapes=lambda k, r: {"smooth": (k,), "basis": (k, r)},
         low_features=lambda k, r: k, kernel=False, subspace=True,
     ),
+    "smooth_svd_input": Transform(
+        _prepare_smooth_input, _apply_smooth_input, _fold_smooth_input,
+        shapes=lambda k, r: {"smooth": (k,), "basis": (k, r), "shift": (k,)},
+        low_features=lambda k, r: k, kernel=False, subspace=True, fast_unfold=_unfold_smooth_input,
+    ),
 }  # fmt: skip
 
 #: Stored dtype of every site tensor.
@@ -255,6 +288,7 @@ SITE_DTYPES = {
     "permutation": torch.int32,
     "rotation": torch.bfloat16,
     "smooth": torch.float32,
+    "shift": torch.float32,  # of v before it is rounded without a sign; see `fake_quantize`
 }
 
 

@@ -16,14 +16,9 @@ from tqdm.auto import tqdm
 
 from ..dirotq_core.checkpoint import CheckpointError
 from ..dirotq_core.files import read_json
+from ..dirotq_core.hub_errors import hub_errors, reading_sentence
+from ..dirotq_core.hub_files import TIMEOUT, checkpoint_names
 from .hub_folder import Record, folder_of, read_record, write_record
-
-#: Files of a transformer beside its weights.
-_JSON = ("config.json", "diffusion_pytorch_model.safetensors.index.json", "dirotq_report.json")
-#: Files beside the folder of a pipeline's transformer.
-_PIPELINE = ("model_index.json", "dirotq_report.json")
-#: Seconds until the Hub counts as unreachable.
-_TIMEOUT = 20
 
 logger = logging.getLogger(__name__)
 
@@ -62,60 +57,17 @@ class _Unavailable(Exception):
     """One sentence on why the Hub did not give what it was asked for."""
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What a request to the Hub raises. The HTTP library differs between versions of huggingface_hub."""
-    from huggingface_hub import errors
-
-    return (errors.HfHubHTTPError, *errors.HfHubHTTPError.__bases__, errors.HFValidationError)
-
-
-def _sentence(error: Exception, repo_id: str, revision: str) -> str:
-    from huggingface_hub import errors
-
-    where = f"{repo_id!r} at revision {revision!r}"
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo_id!r} is no Hub id; it must look like 'owner/name'"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id!r} is gated: accept its licence on the Hub and log in with `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the Hub has {repo_id!r}, but no revision {revision!r}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the Hub has no {repo_id!r}, or it is private and you are not logged in"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{where} is not downloaded, and HF_HUB_OFFLINE is set"
-    what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"the Hub answered {response.status_code} when asked for {where}"
-    if isinstance(error, (errors.HfHubHTTPError.__bases__[0], errors.LocalEntryNotFoundError)):
-        return f"could not download {where}: the Hub cannot be reached ({what})"
-    return f"could not download {where}: {what}"  # a full disk, for one
-
-
 def _listing(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
     """The commit of `revision`, and the files to fetch with their sizes in bytes, small ones first."""
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    except _errors() as error:
-        raise _Unavailable(_sentence(error, repo_id, revision)) from error
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    except hub_errors() as error:
+        raise _Unavailable(reading_sentence(error, repo_id, revision)) from error
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-    names = _wanted(sizes, f"{repo_id!r} at revision {revision!r}")
+    names = checkpoint_names(sizes, f"{repo_id!r} at revision {revision!r}")
     return str(info.sha), {name: sizes[name] for name in sorted(names, key=sizes.__getitem__)}
-
-
-def _wanted(files: Mapping[str, int], where: str) -> list[str]:
-    for prefix in ("transformer/", ""):
-        if prefix + "config.json" in files:
-            weights = [f for f in files if re.fullmatch(re.escape(prefix) + r"[^/]+\.safetensors", f)]
-            beside = _PIPELINE if prefix and "model_index.json" in files else ()
-            return weights + [f for f in [*(prefix + j for j in _JSON), *beside] if f in files]
-    single = [f for f in files if "/" not in f and f.endswith(".safetensors")]
-    if len(single) != 1:
-        found = f"several single files ({', '.join(sorted(single))})" if single else "no config.json and no single file"
-        raise ValueError(f"{where} has {found}; a repository must hold one DiRotQ checkpoint")
-    return single
 
 
 def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], target: Path) -> Record:
@@ -130,8 +82,8 @@ def _fetch(repo_id: str, revision: str, commit: str, files: Mapping[str, int], t
         bar: dict[str, Any] = {"tqdm_class": progress.of_a_file()} if told else {}
         try:
             hf_hub_download(repo_id, name, revision=commit, local_dir=target, **bar)
-        except _errors() as error:
-            raise _Unavailable(_sentence(error, repo_id, revision)) from error
+        except hub_errors() as error:
+            raise _Unavailable(reading_sentence(error, repo_id, revision)) from error
         progress.file_done(size)
         if name.endswith("config.json"):
             _check_method(target / name, repo_id)

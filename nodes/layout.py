@@ -55,6 +55,7 @@ class Params(BaseLayoutParams):
     permutation: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
     plan: SitePlan | None = None
@@ -160,7 +161,7 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     else:
         v, z = _transform(rows, p, plan)
         if fmt is not None:
-            v = fake_quantize(v, fmt)
+            v = fake_quantize(v, fmt, p.shift)
         y = how.linear_a16(v, z, codes, p.scale.reshape(len(codes), -1), p.low_rank, bias, table)
     if p.up is not None and p.down is not None:
         y = y + ((rows @ p.down.to(x.dtype).T) @ p.up.to(x.dtype).T)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..base_model import of_folder
+from ..card import write_card
 from ..checkpoint import checkpoint_tensors
 from ..config import DiRotQConfig
 from ..files import check_headers, checkpoint_files, read_headers
@@ -44,6 +46,7 @@ def assemble(
     if whole:
         _copy_pipeline(source, folder)
     report.save(folder)
+    write_card(folder, of_folder(source.root or source.folder), name=target.name)
     _plot(report, folder)
     for path in [folder, *folder.rglob("*")]:
         (sync if path.is_file() else sync_folder)(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from safetensors import safe_open
 
 from ..backend import DENSE_DTYPES
+from ..base_model import CARD_NAME
 from ..checkpoint import CheckpointError
 from ..files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
+from ..hub_errors import hub_errors, reading_sentence
 from ..inspect import find_transformer, skeleton
 
 logger = logging.getLogger(__name__)
@@ -171,17 +174,8 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
 
 
 def _download(name: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    # A connection that breaks off is an error of the HTTP client, which is not the same in all versions.
-    client_error: Any = HfHubHTTPError.__bases__[0]
     try:
         root = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json"]))
         if weights:
@@ -190,16 +184,9 @@ def _download(name: str, weights: bool) -> Path:
             patterns = [kind if c == "." else f"{c}/{kind}" for c in folders for kind in COMPONENT_FILES]
             # Variants are copies in another precision.
             snapshot_download(name, allow_patterns=["*.json", *patterns], ignore_patterns=["*.fp16.*", "*.bf16.*"])
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name!r} is on the Hub, but gated: accept its terms on its page there, and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name!r} is neither a folder nor a model on the Hub; if it is private, log in with `hf auth login`"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, client_error) as error:
-        raise CheckpointError(
-            f"{name!r} is not a folder and cannot be read from the Hub: {str(error).splitlines()[0]}"
-        ) from error
+    except hub_errors() as error:
+        raise CheckpointError(f"{name!r} is no folder, and {reading_sentence(error, name)}") from error
+    if weights:
+        with suppress(*hub_errors()):  # for the licence; where it is not, or not in the cache, nothing is lost
+            hf_hub_download(name, CARD_NAME)
     return root

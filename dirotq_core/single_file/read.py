@@ -16,6 +16,7 @@ from ..config import DiRotQConfig
 from ..files import checkpoint_files, read_headers, read_json
 from ..inspect import find_transformer, sites_of
 from ..layout import SitePlan
+from ..nunchaku.source import looks_packed
 from .convert import from_native, to_native
 from .names import fusions
 from .write import METADATA_KEY
@@ -122,6 +123,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def _guess(names: list[str]) -> str:
     if any(".input_site." in n for n in names):
         return "tensors of one without their configuration; it is in the original file's header or in config.json"
+    if looks_packed(names):
+        return "an SVDQuant checkpoint of Nunchaku's; `dirotq convert` makes one of it, if it is FLUX.1 in INT4"
     if any(n.endswith((".weight_scale", ".comfy_quant", ".scale_weight", "scaled_fp8", ".qweight")) for n in names):
         return "a model quantized in another way; use the loader that is made for it, such as 'Load Diffusion Model'"
     return "a model that is not quantized; use 'Load Diffusion Model' for it"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ..hub_server import Hub
 from . import models
-from .hub import Hub
 from .server import PACK, ROOT, Server
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..hub_server import Repository
 from . import graphs, models
 from .graphs import node
-from .hub import Repository
 from .server import GraphError
 
 ID = "someone/tiny-flux"
@@ -169,9 +169,10 @@ def test_a_single_file(client, online, folder):
     ],
 )
 def test_one_sentence(client, online, inputs, message):
+    dense = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"0" * 99}
     online.repositories |= {
-        "someone/gated": Repository({}, gated=True),
-        "someone/dense": Repository({"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"0" * 99}),
+        "someone/gated": Repository(dense, gated=True),
+        "someone/dense": Repository(dense),
         "someone/empty": Repository({"README.md": b""}),
         "someone/several": Repository({"a.safetensors": b"0", "b.safetensors": b"0"}),
     }

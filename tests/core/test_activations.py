@@ -98,3 +98,20 @@ def test_groups_and_tokens_do_not_touch_each_other(name):
     got, other = fake_quantize(v, fmt), fake_quantize(disturbed, fmt)
     assert torch.equal(got[0, 64:], other[0, 64:])
     assert torch.equal(got[1:], other[1:])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_shift_makes_codes_unsigned(bits):
+    """Groups with a positive shift c: step max|v + c| / (2ᵇ − 1), codes from 0, c taken off; others as without."""
+    fmt = ACTIVATION_FORMATS["sym_g64" if bits == 4 else "sym_g64_8"]
+    rng = np.random.default_rng(2)
+    v = np.concatenate([rng.standard_normal((7, 64)), np.abs(rng.standard_normal((7, 64))) - 0.2], 1).astype(np.float32)
+    shift = np.concatenate([np.zeros(64), rng.uniform(0.2, 0.4, 64)]).astype(np.float32)
+    got = fake_quantize(torch.from_numpy(v), fmt, torch.from_numpy(shift)).double().numpy()
+    np.testing.assert_array_equal(got[:, :64], fake_quantize(torch.from_numpy(v[:, :64].copy()), fmt).double().numpy())
+    moved = v[:, 64:].astype(np.float64) + shift[64:]
+    step = np.abs(moved).max(1, keepdims=True) / (2**bits - 1)
+    expected = np.clip(np.round(moved / step), 0, 2**bits - 1) * step - shift[64:]
+    far = np.abs(got[:, 64:] - expected) > 1e-5
+    assert far.mean() < 0.01 and (np.abs(got[:, 64:] - expected) <= step * 1.001).all()
+    assert np.abs(got[:, 64:] - v[:, 64:]).max() <= step.max() * 0.501

@@ -191,7 +191,11 @@ def test_a_model_on_the_hub(flux, monkeypatch):
         asked.append(allow_patterns)
         return str(flux.model.folder)
 
+    def no_card(name, filename):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_card)
     assert not source.open_source("some/flux", weights=False).entries and asked == [["*.json", "*/*.json"]]
     assert source.open_source("some/flux").entries
     assert "transformer/*.safetensors" in asked[-1] and not any("*.bin" in p for p in asked[-1])
@@ -213,12 +217,12 @@ def test_a_model_on_the_hub(flux, monkeypatch):
         def __init__(self, message):
             Exception.__init__(self, message)
 
-    assert "accept its terms on its page there, and log in" in stop(Refused, "403 Client Error.")
-    assert "if it is private, log in" in stop(Unknown, "401 Client Error.")
+    assert "is no folder, and 'some/flux' is gated: accept its licence on the Hub and log in" in stop(Refused, "403")
+    assert "is no folder, and the Hub has no 'some/flux', or it is private" in stop(Unknown, "401 Client Error.")
     broken = huggingface_hub.errors.HfHubHTTPError.__bases__[0]
-    assert "cannot be read from the Hub: peer closed" in stop(broken, "peer closed")
+    assert "the Hub cannot be reached (peer closed)" in stop(broken, "peer closed")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"'no/such' is not a folder and cannot be read from the Hub.*must be$"):
+    with pytest.raises(CheckpointError, match=r"^'no/such' is no folder, and 'no/such' is no Hub id; it must look"):
         source.open_source("no/such")
 
 

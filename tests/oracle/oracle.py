@@ -15,6 +15,7 @@ TABLES = {
     "codebook": CODEBOOK,
     "codebook_g64": CODEBOOK,
     "int4_g64": INT4,
+    "uint4_g64": np.arange(-7, 9, dtype=np.float64),
     "lloyd4": CODEBOOK,
     "lloyd3": np.array([6, 18, 32, 52, -6, -18, -32, -52], dtype=np.float64),
     "lloyd2": np.array([36, 120, -36, -120], dtype=np.float64),
