@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,7 @@ class Chunk:
         try:
             with np.load(self.target, allow_pickle=False) as saved:
                 return saved["features"] if str(saved["stamp"]) == self.stamp else None
-        except (FileNotFoundError, ValueError, KeyError, EOFError, OSError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
 
     def save(self, features: np.ndarray) -> None:

@@ -62,7 +62,7 @@ class ImageReward(nn.Module):
                 "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
                 "encoder_hidden_size": vision_config.hidden_size}  # fmt: skip
         text_config = BlipTextConfig(**{**base, **(text or {})})
-        text_config.is_decoder = False  # it reads the whole prompt at once
+        text_config.is_decoder = True  # gives it cross-attention; called as none, it reads the whole prompt at once
         self.vision: Any = BlipVisionModel(vision_config)
         self.text: Any = BlipTextModel(text_config, add_pooling_layer=False)
         widths = (text_config.hidden_size, 1024, 128, 64, 16, 1)

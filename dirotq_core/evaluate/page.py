@@ -52,7 +52,7 @@ def write_page(
         *(f"{name} {version}" for name, version in result["versions"].items()),
     ]
     body = [
-        "<h1>Pictures compared</h1>",
+        "<h1>Evaluation</h1>",
         f'<p class="small">{escape(" · ".join(about))}</p>',
         "<p>Every model draws the same prompts with the same seeds. In brackets: 95 % intervals of a bootstrap over "
         "prompts, the same resampled prompts for all models.</p>",
@@ -61,13 +61,13 @@ def write_page(
         _differences(result),
         _judge(result),
         *(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in plots(result)),
-        _grid(sets, prompts, scores, shown),
+        _grid(sets, prompts, _psnr(result, scores), shown),
     ]
     inner = "\n".join(part for part in body if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Pictures compared</title><style>{STYLE}</style></head>\n<body>\n{inner}\n</body></html>\n"
+        f"<title>Evaluation</title><style>{STYLE}</style></head>\n<body>\n{inner}\n</body></html>\n"
     )
 
 
@@ -127,15 +127,20 @@ def _judge(result: Mapping[str, Any]) -> str:
     )
 
 
-def _grid(
-    sets: Sequence[ImageSet], prompts: Sequence[Prompt], scores: Mapping[str, Mapping[str, np.ndarray]], shown: int
-) -> str:
+def _psnr(result: Mapping[str, Any], scores: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray | None:
+    """Mean over the models [P], the control left out."""
+    controls = {row["name"] for row in result["rows"] if row["control"]}
+    values = [v for name, v in scores.get("psnr", {}).items() if name not in controls]
+    return np.mean(values, axis=0) if values else None
+
+
+def _grid(sets: Sequence[ImageSet], prompts: Sequence[Prompt], psnr: np.ndarray | None, shown: int) -> str:
     if shown < 1:
         return ""
     heads = "".join(f'<div class="head">{escape(s.name)}</div>' for s in sets)
     columns = f"grid-template-columns: minmax(9rem, 1fr) repeat({len(sets)}, minmax(8rem, 1.4fr))"
     parts = []
-    for title, chosen in _chosen(len(prompts), scores, shown):
+    for title, chosen in _chosen(len(prompts), psnr, shown):
         cells = [f'<div class="head">prompt</div>{heads}']
         for i in chosen:
             cells.append(f'<div class="prompt"><b>{escape(prompts[i].id)}</b><br>{escape(prompts[i].text)}</div>')
@@ -144,13 +149,12 @@ def _grid(
     return "\n".join(parts)
 
 
-def _chosen(count: int, scores: Mapping[str, Mapping[str, np.ndarray]], shown: int) -> list[tuple[str, list[int]]]:
-    """Prompts at equal distances and, where there are others and PSNR is known, those of the lowest mean of it."""
+def _chosen(count: int, psnr: np.ndarray | None, shown: int) -> list[tuple[str, list[int]]]:
+    """Prompts at equal distances and, where there are others and PSNR is known, those of the lowest."""
     even = sorted({int(i) for i in np.linspace(0, count - 1, min(shown, count)).round()})
     found = [("Pictures", even)]
-    psnr = list(scores.get("psnr", {}).values())
-    if count > shown and psnr:
-        rest = [int(i) for i in np.argsort(np.mean(psnr, axis=0), kind="stable") if int(i) not in even]
+    if count > shown and psnr is not None:
+        rest = [int(i) for i in np.argsort(psnr, kind="stable") if int(i) not in even]
         found.append(("Pictures with the lowest PSNR", rest[:WORST]))
     return found
 
