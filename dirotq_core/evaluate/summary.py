@@ -173,7 +173,7 @@ def judge_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             entry = row["judge"].get(question)
             if entry is None:
                 continue
-            shares = [f"{entry[k]:.0%}" for k in ("won", "tied", "lost", "agreement")]
+            shares = [f"{entry[k]:.0%}" if entry["judged"] else "" for k in ("won", "tied", "lost", "agreement")]
             first = "" if entry["first"] is None else f"{entry['first']:.0%}"
             net = _signed(entry.get("against_control"))
             lines.append(
