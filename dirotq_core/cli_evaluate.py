@@ -75,6 +75,9 @@ def _add_metrics(group: Any) -> None:
         help=f"psnr, ssim, lpips, fid, clip, imagereward, or {ALL} (default: psnr ssim)",
     )
     group.add_argument("--real", type=Path, metavar="FOLDER", help="real images, for FID against them")
+    group.add_argument(
+        "--real-by-id", action="store_true", help="of the real images only those that are named by the prompts' ids"
+    )
     group.add_argument("--resamples", type=positive, default=10_000, help="of the bootstrap (default: %(default)s)")
     group.add_argument(
         "--shown", type=int, default=8, metavar="N", help="prompts on the page, beside the worst (default: %(default)s)"
@@ -117,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
     call = {name: value for name, value in named.items() if value is not None} | dict(map(_argument, args.call))
     options = EvaluationOptions(
         metrics=tuple(METRICS) if ALL in args.metrics else tuple(dict.fromkeys(args.metrics)), real=args.real,
+        real_by_id=args.real_by_id,
         call=call, batch=args.batch, dtype=getattr(torch, args.dtype), device=pick_device(args.device),
         offload=args.offload, activation_bits=tuple(dict.fromkeys(args.activation_bits)), control=args.control,
         resamples=args.resamples, shown=args.shown,

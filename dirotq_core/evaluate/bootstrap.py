@@ -48,9 +48,9 @@ def _parts(values: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
         picks = generator.integers(prompts, size=(rows, prompts))
-        counts = np.zeros((rows, prompts))
-        np.add.at(counts, (np.arange(rows)[:, None], picks), 1.0)
-        yield counts @ values / prompts
+        cells = (picks + prompts * np.arange(rows)[:, None]).ravel()
+        counts = np.bincount(cells, minlength=rows * prompts).reshape(rows, prompts)
+        yield counts.astype(np.float64) @ values / prompts
 
 
 def intervals(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> list[Interval]:

@@ -112,7 +112,7 @@ def _check_drawn(file: Path, prompt: Prompt) -> None:
     if not file.exists():
         return
     with opening(file), Image.open(file) as image:
-        drawn = getattr(image, "text", {}).get("prompt")
+        drawn = image.info.get("prompt")  # from before the pixels, which stay unread
     if drawn != prompt.text:
         raise ResumeError(
             f"{file} was drawn for {drawn!r:.80}, but {prompt.id!r} now is {prompt.text!r:.80}; give another folder "

@@ -33,7 +33,7 @@ def load_extractor(device: str) -> Extractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         network = FeatureExtractorInceptionV3("inception-v3-compat", [str(WIDTH)]).to(device)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(f"metric 'fid' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
     @torch.no_grad()

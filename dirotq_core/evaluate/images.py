@@ -83,11 +83,25 @@ def check_sizes(sets: Sequence[ImageSet], reference: ImageSet) -> None:
                 )
 
 
-def folder_images(folder: Path) -> list[Path]:
-    """All pictures of a folder and the folders in it, sorted; ValueError if there is none."""
+def folder_images(folder: Path, ids: Sequence[str] | None = None) -> list[Path]:
+    """Pictures of a folder and the folders in it, sorted by path: all, or in their order those named by `ids`.
+
+    ValueError if there is none, or one of `ids` has none or two.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
-    return files
+    if ids is None:
+        return files
+    by_stem: dict[str, list[Path]] = {}
+    for file in files:
+        by_stem.setdefault(file.stem, []).append(file)
+    wrong = [i for i in ids if len(by_stem.get(i, [])) != 1]
+    if wrong:
+        number = len(by_stem.get(wrong[0], []))
+        raise ValueError(
+            f"{folder} has {number or 'no'} image{'s' * (number > 1)} for {wrong[0]!r}, and needs one per id"
+        )
+    return [by_stem[i][0] for i in ids]

@@ -119,5 +119,5 @@ def load_scorer(name: str, device: str) -> Scorer:
     assert make is not None, f"{name} is of whole sets"
     try:
         return make(device)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(f"metric {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -16,7 +16,8 @@ class EvaluationOptions:
     """How models are compared.
 
     Attributes:
-        metrics: of `METRICS`. real: a folder of real images, for the second FID.
+        metrics: of `METRICS`. real: a folder of real images, for the second FID. real_by_id: of them only those that are
+            named by the prompts' ids.
         call: arguments of the pipelines: steps, size, guidance, …
         batch: pictures drawn at once. dtype: of what is not quantized. offload: keep on the device only the part of the
             pipeline that computes.
@@ -28,6 +29,7 @@ class EvaluationOptions:
 
     metrics: tuple[str, ...] = ("psnr", "ssim")
     real: Path | None = None
+    real_by_id: bool = False
     call: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
@@ -56,3 +58,5 @@ class EvaluationOptions:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if self.real is not None and "fid" not in self.metrics:
             raise ValueError("real images serve FID; add fid to the metrics")
+        if self.real_by_id and self.real is None:
+            raise ValueError("real_by_id chooses among real images; give their folder")

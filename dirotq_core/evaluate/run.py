@@ -71,7 +71,9 @@ def _evaluate(
     models: Sequence[str], reference: str, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions,
     judge: MakeJudge | None, parallel: int, world: World,
 ) -> dict[str, Any] | None:  # fmt: skip
-    subjects = world.share(world.by_first(lambda: _prepare(models, reference, out, options, judge is not None)))
+    subjects = world.share(
+        world.by_first(lambda: _prepare(models, reference, prompts, out, options, judge is not None))
+    )
     assert subjects is not None
     sets = [_pictures(s, subjects[0], prompts, out, options, world) for s in subjects]
     world.by_first(lambda: check_sizes(sets[1:], sets[0]))
@@ -101,12 +103,17 @@ def _evaluate(
 
 
 def _prepare(
-    models: Sequence[str], reference: str, out: Path, options: EvaluationOptions, judged: bool
+    models: Sequence[str],
+    reference: str,
+    prompts: Sequence[Prompt],
+    out: Path,
+    options: EvaluationOptions,
+    judged: bool,
 ) -> list[Subject]:
     """The reference, the control and the models; whatever can be found wrong without drawing is."""
     check_installed(options.metrics)
     if options.real is not None:
-        folder_images(options.real)
+        folder_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
     out.mkdir(parents=True, exist_ok=True)
     first = open_subject(*parse_subject(reference), out / "converted")
     if first.kind == "transformer":

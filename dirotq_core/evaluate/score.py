@@ -60,7 +60,8 @@ def distances(
     parts = {s.name: frechet.chunks(list(s.files.values()), folder / s.name / "fid") for s in sets}
     if options.real is not None:
         # A name that no set can have.
-        parts["/real"] = frechet.chunks(folder_images(options.real), folder / "real images")
+        ids = list(reference.files) if options.real_by_id else None
+        parts["/real"] = frechet.chunks(folder_images(options.real, ids), folder / "real images")
     missing = {name: [c for c in some if c.features() is None] for name, some in parts.items()}
     missing = {name: world.mine(world.share(some)) for name, some in missing.items()}
     if any(missing.values()):

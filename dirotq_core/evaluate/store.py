@@ -21,7 +21,10 @@ class Results:
         self.file = folder / f"{name}.{rank}.jsonl"
         self._lock = Lock()
         self._known: dict[str, tuple[str, Any]] = {}
-        for file in sorted(folder.glob(f"{name}.*.jsonl")):
+        ranks = (
+            f for f in folder.glob("*.jsonl") if f.name.removeprefix(f"{name}.").removesuffix(".jsonl").isdecimal()
+        )
+        for file in sorted(ranks):
             for key, stamp, value in _lines(file):
                 self._known[key] = (stamp, value)
 

@@ -66,7 +66,8 @@ def open_subject(name: str, source: str, converted: Path) -> Subject:
     """
     path = Path(source)
     if path.is_file():
-        path = _unpack(path, converted / name)
+        stat = path.stat()
+        path = _unpack(path, converted / f"{name}-{stat.st_size:x}-{stat.st_mtime_ns:x}")
     elif not path.is_dir():
         path = _download(source)
     if (path / "model_index.json").is_file():

@@ -28,7 +28,7 @@ def test_prompts_are_drawn_together():
 
 @pytest.mark.parametrize("draw", [lambda g, n: g.normal(2, 3, n), lambda g, n: g.exponential(2, n)])
 def test_coverage(draw):
-    """Of 95 % intervals of 60 prompts, about 95 % hold the true mean, 2: a little fewer, and fewer where it is skewed."""
+    """About 95 % of the intervals of 60 prompts hold the true mean, 2: a little fewer, and fewer where it is skewed."""
     generator, repeats = np.random.default_rng(1), 600
     samples = np.stack([draw(generator, 60) for _ in range(repeats)], axis=1)
     found = intervals(samples, 800)

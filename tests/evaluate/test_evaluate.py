@@ -162,7 +162,7 @@ def test_more_prompts_and_other_drawing(pixart, four, done, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(done, out)
     more = [*four, Prompt("scene-9", "a small red circle above a large blue square on white")]
-    with pytest.raises(ValueError, match="was drawn for '.*', but 'scene-0' now is 'a dog'"):
+    with pytest.raises(ValueError, match=r"was drawn for '.*', but 'scene-0' now is 'a dog'"):
         evaluate(pixart.sources, pixart.reference, [Prompt("scene-0", "a dog")], out, pixart.options())
     with pytest.raises(ValueError, match=r"drawn differently: call.num_inference_steps was 2 and is 3\. Give another"):
         evaluate(
@@ -317,3 +317,18 @@ def test_weights_that_cannot_be_had_are_missed_before_drawing(pixart, four, tmp_
     with pytest.raises(ValueError, match="metric 'clip' cannot be loaded: "):
         evaluate(pixart.sources, pixart.reference, four, tmp_path / "out", pixart.options(metrics=("clip",)))
     assert not (tmp_path / "out" / "images").exists()
+
+
+def test_two_processes_make_what_one_makes(pixart, four, done, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"id": p.id, "prompt": p.text} for p in four]))
+    out = tmp_path / "out"
+    extra = [f"--call={name}={json.dumps(value)}" for name, value in pixart.call.items()]
+    child = tmp_path / "child.py"
+    child.write_text("import sys; from dirotq.dirotq_core.cli import main; sys.exit(main(sys.argv[1:]))")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(child),
+               "evaluate", *pixart.sources, "--reference", pixart.reference, "--out", str(out), "--prompts",
+               str(prompts), "--resamples", "200", "--device", "cpu", *extra]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert (out / "scores" / "rtn" / "psnr.1.jsonl").exists()
+    assert results_of(out) == results_of(done)

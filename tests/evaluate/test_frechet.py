@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
+from dirotq.dirotq_core.evaluate import evaluate, frechet, metrics
 from dirotq.dirotq_core.evaluate.frechet import Chunk, chunks, extract, frechet_distance, gather, resized
+from dirotq.dirotq_core.evaluate.images import folder_images
 
 
 def definition(x, y):
@@ -94,11 +96,41 @@ def test_resizing_averages(tmp_path):
     assert float(small.float().mean()) == pytest.approx(127.5, abs=1)
 
 
+def test_real_images_of_the_prompts(tmp_path, folder_of_images):
+    """In folders by category, as MJHQ-30K's."""
+    folder_of_images(tmp_path / "people", ["b", "x"])
+    folder_of_images(tmp_path / "animals", ["a"])
+    assert [f.stem for f in folder_images(tmp_path)] == ["a", "b", "x"]
+    assert [f.stem for f in folder_images(tmp_path, ["b", "a"])] == ["b", "a"]
+    with pytest.raises(ValueError, match="has no image for 'c', and needs one per id"):
+        folder_images(tmp_path, ["a", "c"])
+    folder_of_images(tmp_path / "more", ["a"])
+    with pytest.raises(ValueError, match="has 2 images for 'a'"):
+        folder_images(tmp_path, ["a"])
+    with pytest.raises(ValueError, match="is not a folder of images"):
+        folder_images(tmp_path / "nowhere")
+
+
+def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):
+    """Against the reference's pictures and real ones, of features that are mean colours; the note says it is of few."""
+    monkeypatch.setattr(metrics, "find_spec", lambda name: True)
+    monkeypatch.setattr(frechet, "load_extractor", lambda device: lambda batch: batch.float().mean((2, 3)))
+    ids = [p.id for p in four]
+    folders = [folder_of_images(tmp_path / name, ids, seed) for seed, name in enumerate(("a", "b", "real"))]
+    options = pixart.options(metrics=("psnr", "fid"), real=folders[2])
+    result = evaluate([str(folders[1])], str(folders[0]), four, tmp_path / "out", options)
+    features = [np.stack([resized(f / f"{i}.png").float().mean((1, 2)).numpy() for i in ids]) for f in folders]
+    first, second = result["rows"]
+    assert first["fid_real"] == pytest.approx(definition(features[0], features[2]), rel=1e-4)
+    assert second["fid_real"] == pytest.approx(definition(features[1], features[2]), rel=1e-4)
+    assert second["fid"] == pytest.approx(definition(features[1], features[0]), rel=1e-4) and "fid" not in first
+    assert any(note.startswith("FID is of 4 images; below 2049") for note in result["notes"])
+    assert "FID to real images ↓" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
 def test_the_real_network(tmp_path, monkeypatch, folder_of_images):
     """torch-fidelity's Inception with random weights: the plumbing, not the numbers."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    from dirotq.dirotq_core.evaluate import frechet
-
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {})
     monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
     extractor = frechet.load_extractor("cpu")
@@ -106,4 +138,3 @@ def test_the_real_network(tmp_path, monkeypatch, folder_of_images):
     extract(parts, extractor, "", progress=False)
     features = gather(parts)
     assert features.shape == (3, 2048) and np.isfinite(features).all() and features.std() > 0
-

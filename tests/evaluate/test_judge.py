@@ -129,7 +129,7 @@ def test_a_refusal_is_not_repeated(status):
 
 
 def test_an_answer_that_takes_too_long():
-    with Server(lambda q: said("TIE"), delay=0.5) as server, pytest.raises(JudgeError, match="(?i)time"):
+    with Server(lambda q: said("TIE"), delay=0.5) as server, pytest.raises(JudgeError, match=r"(?i)time"):
         quick(server, tries=1, timeout=0.1)(messages())
 
 

@@ -79,7 +79,8 @@ def published(vision_layers, text_layers, seed=0):
                 f"{name}.bias": 0.1 * torch.randn(32, generator=g)}  # fmt: skip
 
     v, t = "blip.visual_encoder", "blip.text_encoder"
-    state = {f"{v}.cls_token": torch.randn(1, 1, 32, generator=g), f"{v}.pos_embed": torch.randn(1, 50, 32, generator=g),
+    state = {f"{v}.cls_token": torch.randn(1, 1, 32, generator=g),
+             f"{v}.pos_embed": torch.randn(1, 50, 32, generator=g),
              f"{v}.patch_embed.proj.weight": torch.randn(32, 3, 32, 32, generator=g) / 50,
              f"{v}.patch_embed.proj.bias": torch.randn(32, generator=g), **norm(f"{v}.norm")}  # fmt: skip
     for i in range(vision_layers):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dirotq.dirotq_core.evaluate import Prompt, read_prompt_set, seed_of
 
-#: By hand: (97·31 + 98)·31 + 99 = 96354; 48·(31⁴ + 31³ + 31² + 31 + 1); 50·31⁵ + 98·31⁴ + 54·31³ + 101·31² + 52·31 + 99.
+#: By hand: (97·31 + 98)·31 + 99 = 96354; 48·(31⁴ + 31³ + 31² + 31 + 1);
+#: 50·31⁵ + 98·31⁴ + 54·31³ + 101·31² + 52·31 + 99, less the modulus.
 SEEDS = {
     "": 0,
     "a": 97,

@@ -21,11 +21,25 @@ from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.evaluate.judge.local import LocalJudge, load_processor
 from dirotq.dirotq_core.evaluate.judge.protocol import REMINDER, Message, judge_pair
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "FIRST", "SECOND", "TIE", "maybe", "image", "the", "USER", "ASSISTANT"]
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "FIRST",
+    "SECOND",
+    "TIE",
+    "maybe",
+    "image",
+    "the",
+    "USER",
+    "ASSISTANT",
+]
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }} "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }} {% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }} "
+    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT {% endif %}"
 )  # fmt: skip
 
 
@@ -93,15 +107,16 @@ def test_it_sees_the_pictures_and_their_order(vlm, monkeypatch):
     assert seen[0]["do_sample"] is False
 
 
-def test_reminders_reach_it(vlm, monkeypatch):
+def test_it_can_be_reminded(vlm):
     judge = LocalJudge(str(vlm), max_tokens=1, dtype=torch.float32)
-    lengths = []
-    ask = type(judge).__call__
-    monkeypatch.setattr(
-        LocalJudge, "__call__", lambda self, m: lengths.append([p for x in m for p in x.parts][-1]) or "maybe" + ask(self, m)
-    )  # fmt: skip
-    verdict = judge_pair(judge, "quality", *pair(), "a cat")
-    assert verdict.choice is None and verdict.replies == 3 and lengths[1:] == [REMINDER, REMINDER]
+    asked = []
+
+    def ask(messages):
+        asked.append(messages[-1].parts[-1])
+        return "maybe " + judge(messages)[:0]  # it has run; what it said is of no use
+
+    verdict = judge_pair(ask, "quality", *pair(), "a cat")
+    assert verdict.choice is None and verdict.replies == 3 and asked[1:] == [REMINDER, REMINDER]
 
 
 def test_the_whole_command(vlm, pixart, four, tmp_path, capsys):
@@ -125,7 +140,7 @@ def test_the_whole_command(vlm, pixart, four, tmp_path, capsys):
 
 def test_what_is_no_judge(vlm, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="the judge .*empty' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"the judge .*empty' cannot be loaded"):
         load_processor(str(tmp_path / "empty"))
     (vlm / "chat_template.jinja").rename(tmp_path / "template")
     try:
