@@ -16,8 +16,8 @@ class EvaluationOptions:
     """How models are compared.
 
     Attributes:
-        metrics: of `METRICS`. real: a folder of real images, for the second FID. real_by_id: of them only those that are
-            named by the prompts' ids.
+        metrics: of `METRICS`. real: a folder of real images, for the second FID. real_by_id: of them only those
+            that are named by the prompts' ids.
         call: arguments of the pipelines: steps, size, guidance, …
         batch: pictures drawn at once. dtype: of what is not quantized. offload: keep on the device only the part of the
             pipeline that computes.

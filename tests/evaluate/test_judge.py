@@ -1,6 +1,8 @@
 """The judge: replies that are read or not, a server that fails, verdicts that are counted, and a run that goes on."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -206,20 +208,48 @@ def test_a_judge_that_dies_and_comes_back(pictures, tmp_path):
     def dying(question):
         return brighter(question) if len(server.questions) <= 9 else Answer(b"gone", 500)
 
+    identity = {"model": "judge-7b"}  # at another address
     with Server(dying) as server:
         judge = Endpoint(server.url, "judge-7b", tries=2, pause=0.01)
-        docket = Docket(tmp_path / "judge", model, reference, whole_identity := {"model": "judge-7b"})
+        docket = Docket(tmp_path / "judge", model, reference, identity)
         with pytest.raises(JudgeError, match="gone"):
             docket.run(judge, tasks(prompts), World(), 2, progress=False)
-        left = Docket(tmp_path / "judge", model, reference, whole_identity).missing(tasks(prompts))
+        left = Docket(tmp_path / "judge", model, reference, identity).missing(tasks(prompts))
         assert 0 < len(left) < 24
-        server.answer = brighter
-        before = len(server.questions)
-        docket = Docket(tmp_path / "judge", model, reference, whole_identity)
-        docket.run(judge, tasks(prompts), World(), 2, progress=False)
+    with Server(brighter) as server:
+        docket = Docket(tmp_path / "judge", model, reference, identity)
+        docket.run(quick(server), tasks(prompts), World(), 2, progress=False)
         asked_about_p5 = sum(t.prompt.id == "p5" for t in left)
-        assert len(server.questions) - before == len(left) + 2 * asked_about_p5
+        assert len(server.questions) == len(left) + 2 * asked_about_p5
     assert judged(docket, prompts) == judged(whole, prompts)
+
+
+def test_an_interrupt_does_not_wait_for_answers(pictures, tmp_path, monkeypatch):
+    from dirotq.dirotq_core.evaluate.judge import run
+
+    (model, reference), prompts = pictures
+    release, asked, kept = threading.Event(), [], []
+
+    def slow(messages):
+        asked.append(1)
+        if len(asked) > 3:
+            release.wait(30)
+        return "TIE"
+
+    class Bar(run.tqdm):
+        def update(self, n=1):
+            kept.append(n)
+            if len(kept) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "tqdm", Bar)
+    docket = Docket(tmp_path / "judge", model, reference, {"model": "a"})
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        docket.run(slow, tasks(prompts), World(), 4, progress=False)
+    assert time.monotonic() - started < 5
+    release.set()
+    assert len(Docket(tmp_path / "judge", model, reference, {"model": "a"}).missing(tasks(prompts))) == 24 - 3
 
 
 def test_verdicts_belong_to_a_judge_and_to_pictures(pictures, tmp_path):

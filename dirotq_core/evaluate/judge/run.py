@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -88,19 +88,44 @@ class Docket:
 
 
 def _answers(docket: Docket, judge: Any, todo: Sequence[Task], parallel: int) -> Iterator[tuple[Task, Verdict]]:
-    """As they come; no more are under way than `parallel`, so that an interrupt waits for few."""
+    """As they come. Threads that still wait for an answer when it ends early are left to themselves."""
     if parallel == 1:
         for task in todo:
             yield task, docket.ask(judge, task)
         return
-    queue = iter(todo)
-    with ThreadPoolExecutor(parallel) as pool:
-        running = {pool.submit(docket.ask, judge, t): t for t in islice(queue, parallel)}
+    waiting: SimpleQueue[Task] = SimpleQueue()
+    answered: SimpleQueue[tuple[Task, Verdict | Exception]] = SimpleQueue()
+    over = Event()
+    for task in todo:
+        waiting.put(task)
+
+    def work() -> None:
+        while not over.is_set():
+            try:
+                task = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                answered.put((task, docket.ask(judge, task)))
+            except Exception as error:  # raised where the answers are read
+                answered.put((task, error))
+
+    for _ in range(min(parallel, len(todo))):
+        Thread(target=work, daemon=True).start()
+    try:
+        for _ in todo:
+            task, answer = _next(answered)
+            if isinstance(answer, Exception):
+                raise answer
+            yield task, answer
+    finally:
+        over.set()
+
+
+def _next(queue: SimpleQueue[Any]) -> Any:
+    """The next item. It wakes up now and then: on Windows an interrupt does not end a wait without limit."""
+    while True:
         try:
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield running.pop(future), future.result()
-                running |= {pool.submit(docket.ask, judge, t): t for t in islice(queue, len(done))}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return queue.get(timeout=1)
+        except Empty:
+            continue
