@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import pick_device, positive
-from .prompts import BUILT_IN_PROMPTS
 
 #: Choices of --metrics beside the metrics' names.
 ALL = "all"
@@ -42,10 +41,10 @@ def _add_prompts(group: Any) -> None:
     group.add_argument(
         "--prompts",
         type=Path,
-        default=BUILT_IN_PROMPTS,
+        required=True,
         metavar="FILE",
-        help=".txt, .csv, .json or .yaml, also MJHQ-30K's meta_data.json, sDCI.yaml, COCO's captions (default: 128 of "
-        "our own)",
+        help=".txt, .csv, .json or .yaml, also MJHQ-30K's meta_data.json, sDCI.yaml and COCO's captions; none that a "
+        "model was calibrated on",
     )
     group.add_argument("--samples", type=positive, metavar="N", help="so many of them, at random (default: all)")
     group.add_argument("--steps", type=positive, help="steps per image (default: the pipeline's)")

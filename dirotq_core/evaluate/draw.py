@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def draw_subject(
     mine = world.mine(missing or [])
     if mine:
         pipeline = load_pipeline(subject, reference, options.dtype, world.device(options.device), options.offload)
+        _check_call(pipeline, options.call)
         label = subject.name if world.size == 1 else f"{subject.name} ({world.rank})"
         with tqdm(total=sum(map(len, mine)), desc=label, unit="image", disable=not options.progress) as bar:
             for batch in mine:
@@ -66,7 +68,9 @@ def _open(
         except ValueError as error:
             raise ResumeError(f"{file} is damaged ({error}); remove {folder} to draw again") from error
         changes = differences(before, now)
-        if changes:
+        if changes and not any(folder.glob("*.png")):  # stopped before the first picture, by a wrong argument perhaps
+            write_atomically(file, json.dumps(now, indent=1).encode())
+        elif changes:
             raise ResumeError(
                 f"{folder} holds pictures that were drawn differently: {'; '.join(changes[:3])}"
                 + (f"; and {len(changes) - 3} more differences" if len(changes) > 3 else "")
@@ -81,6 +85,14 @@ def _open(
     size = options.batch
     batches = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
     return [batch for batch in batches if not all(_file(folder, p).exists() for p in batch)]
+
+
+def _check_call(pipeline: Any, call: dict[str, Any]) -> None:
+    """ValueError for an argument that the pipeline does not name; some would swallow it without a word."""
+    known = inspect.signature(pipeline.__call__).parameters
+    unknown = next((name for name in call if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"{type(pipeline).__name__} has no argument {unknown!r}; it has {', '.join(known)}")
 
 
 def _fingerprint(

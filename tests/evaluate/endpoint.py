@@ -89,6 +89,12 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             if answer.cut:
                 self.close_connection = True
                 return
+            try:
+                self._send(answer)
+            except (BrokenPipeError, ConnectionResetError):  # nobody waits any more
+                pass
+
+        def _send(self, answer: Answer) -> None:
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)

@@ -277,6 +277,12 @@ def test_pictures_of_somebody_else_are_left_alone(pixart, four, tmp_path):
     assert theirs.read_bytes() == b"precious"
 
 
+def test_a_wrong_argument_leaves_nothing_to_go_on_from(pixart, four, tmp_path):
+    with pytest.raises(ValueError, match="PixArtSigmaPipeline has no argument 'foo'; it has prompt, "):
+        evaluate(pixart.sources, pixart.reference, four, tmp_path, pixart.options(call={**pixart.call, "foo": 1}))
+    assert evaluate(pixart.sources[:1], pixart.reference, four[:1], tmp_path, pixart.options())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -285,6 +291,7 @@ def test_pictures_of_somebody_else_are_left_alone(pixart, four, tmp_path):
         (["--call", "x y=1"], "--call 'x y=1' must be NAME=VALUE"),
         (["--real", "x"], "real images serve FID; add fid to the metrics"),
         (["--prompts", "absent.txt"], "No such file"),
+        (["--activation-bits", "5"], "must be of (4, 8, 16), got 5"),
         (["--judge-url", "http://localhost:1/v1"], "--judge-url needs --judge"),
         (["--judge-url", "localhost:1", "--judge", "x"], "must begin with http:// or https://"),
         (["--judge-url", "http://a:b@c/v1", "--judge", "x"], "a key goes to DIROTQ_JUDGE_API_KEY"),
@@ -295,7 +302,9 @@ def test_pictures_of_somebody_else_are_left_alone(pixart, four, tmp_path):
 )
 def test_a_command_that_cannot_run_says_why_in_one_line(pixart, tmp_path, capsys, argv, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    command = ["evaluate", *pixart.sources, "--reference", pixart.reference, "--out", str(tmp_path / "out"), *argv]
+    (tmp_path / "p.txt").write_text("a cat")
+    command = ["evaluate", *pixart.sources, "--reference", pixart.reference, "--out", str(tmp_path / "out"),
+               "--prompts", str(tmp_path / "p.txt"), *argv]  # fmt: skip
     assert main(command) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "out" / "images").exists()
