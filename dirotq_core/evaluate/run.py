@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..engine.dist import World
-from ..engine.journal import write_atomically
+from ..engine.journal import LOCK, ResumeError, write_atomically
 from . import frechet
 from .draw import draw_subject
 from .images import ImageSet, check_sizes, find_images, folder_images
@@ -61,10 +62,21 @@ def evaluate(
     if not models:
         raise ValueError("no model to evaluate was given")
     world = World.join()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
     try:
+        world.by_first(lambda: _acquire(lock, out))
         return _evaluate(models, reference, prompts, out, options, judge, parallel, world)
     finally:
+        lock.release()
         world.leave()
+
+
+def _acquire(lock: FileLock, out: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ResumeError(f"another process is working in {out}") from error
 
 
 def _evaluate(
@@ -114,7 +126,6 @@ def _prepare(
     check_installed(options.metrics)
     if options.real is not None:
         folder_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
-    out.mkdir(parents=True, exist_ok=True)
     first = open_subject(*parse_subject(reference), out / "converted")
     if first.kind == "transformer":
         raise ValueError(f"{first.path} is a transformer alone; the reference must be a pipeline or a folder of images")
@@ -127,6 +138,9 @@ def _prepare(
         subjects.append(replace(first, name=CONTROL, control=True))
     subjects += with_activation_bits(opened, options.activation_bits)
     check_names(subjects)
+    for subject in subjects:
+        if subject.kind == "images":  # the others draw what is missing
+            find_images(subject.name, subject.path, (p.id for p in prompts))
     for name in options.metrics:  # weights that cannot be had are missed before hours of drawing
         if METRICS[name].modules:
             load_scorer(name, "cpu") if METRICS[name].load else frechet.load_extractor("cpu")

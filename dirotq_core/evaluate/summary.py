@@ -37,7 +37,7 @@ def summarize(
     """
     rows = [
         {
-            "name": s.name, "kind": s.kind, "control": s.control, "reference": s is subjects[0],
+            "name": s.name, "source": str(s.path), "kind": s.kind, "control": s.control, "reference": s is subjects[0],
             **(asdict(s.size) if s.size else {"bytes": None, "bits": None, "linear_bits": None}),
             "activation_bits": s.activation_bits, "metrics": {}, **dict(fid.get(s.name, {})), "judge": {},
         }

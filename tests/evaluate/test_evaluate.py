@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from filelock import FileLock
 from PIL import Image
 
 import dirotq
@@ -266,6 +267,20 @@ def test_a_transformer_of_another_shape(pixart, four, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "num_layers": 77}))
     with pytest.raises(ValueError, match=r"other has num_layers 77 and the reference .*; its pipeline cannot draw"):
         evaluate([str(other)], pixart.reference, four, tmp_path / "out", pixart.options())
+
+
+def test_a_folder_that_lacks_images_is_refused_before_drawing(pixart, four, tmp_path, folder_of_images):
+    theirs = folder_of_images(tmp_path / "theirs", [p.id for p in four[1:]])
+    with pytest.raises(ValueError, match=r"theirs lacks 1 of 4 images, the first scene-0\.png"):
+        evaluate([str(theirs)], pixart.reference, four, tmp_path / "out", pixart.options())
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_two_runs_in_one_folder(pixart, folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / "lock"), pytest.raises(ValueError, match="another process is working in"):
+        folders[1](pixart)
+    assert folders[1](pixart)
 
 
 def test_pictures_of_somebody_else_are_left_alone(pixart, four, tmp_path):
