@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..engine.source import download
 from ..files import checkpoint_files, read_headers, read_json
 from ..inspect import inspect_checkpoint
 from .images import SUFFIXES
@@ -69,7 +70,7 @@ def open_subject(name: str, source: str, converted: Path) -> Subject:
         stat = path.stat()
         path = _unpack(path, converted / f"{name}-{stat.st_size:x}-{stat.st_mtime_ns:x}")
     elif not path.is_dir():
-        path = _download(source)
+        path = download(source, weights=True)
     if (path / "model_index.json").is_file():
         denoiser = next((path / part for part in DENOISERS if (path / part / "config.json").is_file()), None)
         if denoiser is None:
@@ -89,17 +90,6 @@ def _unpack(file: Path, folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         convert(file, folder)
     return folder
-
-
-def _download(name: str) -> Path:
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name!r} is neither a folder nor a pipeline on the Hub that can be read: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -203,6 +203,22 @@ def test_a_transformer_and_a_single_file_draw_with_the_references_parts(pixart, 
         np.testing.assert_array_equal(alone, whole)
 
 
+def test_models_on_the_hub(pixart, four, tmp_path, monkeypatch):
+    from dirotq.dirotq_core.evaluate import subjects
+
+    there = {"me/model": pixart.checkpoints["rtn"] / "transformer", "me/original": pixart.folder}
+    monkeypatch.setattr(subjects, "download", lambda name, weights: there[name])
+    result = evaluate(["me/model"], "bf16=me/original", four[:1], tmp_path, pixart.options())
+    assert [row["name"] for row in result["rows"]] == ["bf16", "model"]
+    assert result["rows"][1]["source"] == str(there["me/model"])
+
+
+def test_a_model_that_is_nowhere(pixart, four, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="'me/nothing' is "):
+        evaluate(["me/nothing"], pixart.reference, four, tmp_path, pixart.options())
+
+
 @pytest.fixture
 def folders(tmp_path, folder_of_images, four):
     """A function that evaluates a folder of images against another one."""
