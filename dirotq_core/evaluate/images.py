@@ -59,8 +59,13 @@ def read_image(file: Path) -> np.ndarray:
 
 
 def find_images(name: str, folder: Path, ids: Iterable[str]) -> ImageSet:
-    """The pictures of `ids` in a folder; ValueError says how many are missing, and which."""
-    found = {f.stem: f for f in sorted(folder.iterdir(), reverse=True) if f.suffix.lower() in SUFFIXES}
+    """The pictures of `ids` in a folder and the folders in it.
+
+    ValueError says how many are missing, and which, or which id has two.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in folder_images(folder):
+        found.setdefault(file.stem, []).append(file)
     ids = list(ids)
     missing = [i for i in ids if i not in found]
     if missing:
@@ -68,7 +73,12 @@ def find_images(name: str, folder: Path, ids: Iterable[str]) -> ImageSet:
             f"{folder} lacks {len(missing)} of {len(ids)} images, the first {missing[0]}.png; a folder of images needs "
             "one for every prompt, named by its id"
         )
-    return ImageSet(name, {i: found[i] for i in ids})
+    twice = next((i for i in ids if len(found[i]) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{folder} has {len(found[twice])} images for {twice!r}: {found[twice][0]}, {found[twice][1]}, …"
+        )
+    return ImageSet(name, {i: found[i][0] for i in ids})
 
 
 def check_sizes(sets: Sequence[ImageSet], reference: ImageSet) -> None:
@@ -83,25 +93,16 @@ def check_sizes(sets: Sequence[ImageSet], reference: ImageSet) -> None:
                 )
 
 
-def folder_images(folder: Path, ids: Sequence[str] | None = None) -> list[Path]:
-    """Pictures of a folder and the folders in it, sorted by path: all, or in their order those named by `ids`.
-
-    ValueError if there is none, or one of `ids` has none or two.
-    """
+def folder_images(folder: Path) -> list[Path]:
+    """All pictures of a folder and the folders in it, sorted; ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
-    if ids is None:
-        return files
-    by_stem: dict[str, list[Path]] = {}
-    for file in files:
-        by_stem.setdefault(file.stem, []).append(file)
-    wrong = [i for i in ids if len(by_stem.get(i, [])) != 1]
-    if wrong:
-        number = len(by_stem.get(wrong[0], []))
-        raise ValueError(
-            f"{folder} has {number or 'no'} image{'s' * (number > 1)} for {wrong[0]!r}, and needs one per id"
-        )
-    return [by_stem[i][0] for i in ids]
+    return files
+
+
+def real_images(folder: Path, ids: Iterable[str] | None) -> list[Path]:
+    """All pictures of a folder, or those of `ids`. ValueError as of `folder_images` and `find_images`."""
+    return folder_images(folder) if ids is None else list(find_images("", folder, ids).files.values())

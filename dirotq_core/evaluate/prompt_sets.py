@@ -42,7 +42,7 @@ def read_prompt_set(path: Path, samples: int | None = None) -> list[Prompt]:
     """The prompts of a file, of a form that its suffix and contents tell.
 
     - .txt: one a line; the id is the number of the prompt, "00000" for the first
-    - .csv: columns ``prompt`` (or ``caption``, ``text``) and, if there is one, ``id``
+    - .csv: columns ``prompt`` (or ``caption``, ``text``) and, if there is one, ``id`` (or ``image_id``)
     - .json, .yaml: a list of strings, a list of objects with ``prompt`` and ``id``, an object from id to prompt (sDCI),
       an object from id to an object with ``prompt`` (MJHQ-30K's meta_data.json), COCO's captions_*.json (the first
       caption of each image), or Karpathy's dataset_coco.json (the validation split, and of each image the caption that
@@ -93,7 +93,7 @@ def _checked(pairs: Iterable[tuple[Any, Any]]) -> list[Prompt]:
         if name.casefold() in seen:
             raise ValueError(f"id {name!r} is there twice")
         seen.add(name.casefold())
-        prompts.append(Prompt(name, text.strip()))
+        prompts.append(Prompt(name, text))
     if not prompts:
         raise ValueError("no prompt is in it")
     return prompts
@@ -122,7 +122,8 @@ def _csv(text: str) -> Iterable[tuple[Any, Any]]:
     if rows and column is None:
         raise ValueError(f"no column is called prompt, caption or text; there are {', '.join(names)}")
     texts = [row[column] for row in rows]  # type: ignore[index]
-    return zip((row[names["id"]] for row in rows), texts, strict=True) if "id" in names else _numbered(texts)
+    ids = next((names[n] for n in ("id", "image_id") if n in names), None)
+    return zip((row[ids] for row in rows), texts, strict=True) if ids is not None else _numbered(texts)
 
 
 def _json(text: str) -> Iterable[tuple[Any, Any]]:

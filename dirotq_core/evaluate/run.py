@@ -17,7 +17,7 @@ from ..engine.dist import World
 from ..engine.journal import LOCK, ResumeError, write_atomically
 from . import frechet
 from .draw import draw_subject
-from .images import ImageSet, check_sizes, find_images, folder_images
+from .images import ImageSet, check_sizes, find_images, real_images
 from .judge.protocol import ORDERS, QUESTIONS
 from .judge.protocol import VERSION as PROTOCOL
 from .judge.run import Docket, Task, tasks
@@ -125,7 +125,7 @@ def _prepare(
     """The reference, the control and the models; whatever can be found wrong without drawing is."""
     check_installed(options.metrics)
     if options.real is not None:
-        folder_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
+        real_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
     first = open_subject(*parse_subject(reference), out / "converted")
     if first.kind == "transformer":
         raise ValueError(f"{first.path} is a transformer alone; the reference must be a pipeline or a folder of images")

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..engine.dist import World
 from . import frechet
-from .images import ImageSet, folder_images
+from .images import ImageSet, real_images
 from .metrics import METRICS, load_scorer
 from .options import EvaluationOptions
 from .prompt_sets import Prompt
@@ -61,7 +61,7 @@ def distances(
     if options.real is not None:
         # A name that no set can have.
         ids = list(reference.files) if options.real_by_id else None
-        parts["/real"] = frechet.chunks(folder_images(options.real, ids), folder / "real images")
+        parts["/real"] = frechet.chunks(real_images(options.real, ids), folder / "real images")
     missing = {name: [c for c in some if c.features() is None] for name, some in parts.items()}
     missing = {name: world.mine(world.share(some)) for name, some in missing.items()}
     if any(missing.values()):

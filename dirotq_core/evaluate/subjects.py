@@ -78,7 +78,7 @@ def open_subject(name: str, source: str, converted: Path) -> Subject:
         return Subject(name, path, "pipeline", measure(denoiser), _is_quantized(denoiser))
     if (path / "config.json").is_file():
         return Subject(name, path, "transformer", measure(path), _is_quantized(path))
-    if any(f.suffix.lower() in SUFFIXES for f in path.iterdir()):
+    if any(f.suffix.lower() in SUFFIXES for f in path.rglob("*")):
         return Subject(name, path, "images")
     raise ValueError(f"{path} is neither a pipeline, nor a transformer, nor a folder of images")
 

@@ -8,7 +8,7 @@ from scipy.linalg import sqrtm
 
 from dirotq.dirotq_core.evaluate import evaluate, frechet, metrics
 from dirotq.dirotq_core.evaluate.frechet import Chunk, chunks, extract, frechet_distance, gather, resized
-from dirotq.dirotq_core.evaluate.images import folder_images
+from dirotq.dirotq_core.evaluate.images import real_images
 
 
 def definition(x, y):
@@ -100,15 +100,18 @@ def test_real_images_of_the_prompts(tmp_path, folder_of_images):
     """In folders by category, as MJHQ-30K's."""
     folder_of_images(tmp_path / "people", ["b", "x"])
     folder_of_images(tmp_path / "animals", ["a"])
-    assert [f.stem for f in folder_images(tmp_path)] == ["a", "b", "x"]
-    assert [f.stem for f in folder_images(tmp_path, ["b", "a"])] == ["b", "a"]
-    with pytest.raises(ValueError, match="has no image for 'c', and needs one per id"):
-        folder_images(tmp_path, ["a", "c"])
+    assert [f.stem for f in real_images(tmp_path, None)] == ["a", "b", "x"]
+    assert [f.stem for f in real_images(tmp_path, ["b", "a"])] == ["b", "a"]
+    with pytest.raises(ValueError, match=r"lacks 1 of 2 images, the first c\.png"):
+        real_images(tmp_path, ["a", "c"])
     folder_of_images(tmp_path / "more", ["a"])
     with pytest.raises(ValueError, match="has 2 images for 'a'"):
-        folder_images(tmp_path, ["a"])
+        real_images(tmp_path, ["a"])
     with pytest.raises(ValueError, match="is not a folder of images"):
-        folder_images(tmp_path / "nowhere")
+        real_images(tmp_path / "nowhere", None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no image"):
+        real_images(tmp_path / "empty", ["a"])
 
 
 def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):

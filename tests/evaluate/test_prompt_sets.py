@@ -71,7 +71,8 @@ KARPATHY = {
         ("sDCI.yaml", "sa_1: a cat\nsa_2: 'a dog: brown'\n", [("sa_1", "a cat"), ("sa_2", "a dog: brown")]),
         ("p.csv", 'ID,Prompt\nx,"a cat, small"\ny,"a\ndog"\n', [("x", "a cat, small"), ("y", "a\ndog")]),
         ("p.csv", "caption\na cat\n", [("00000", "a cat")]),
-        ("captions_val2014.json", COCO, [("COCO_val2014_000000000009", "a dog"), ("000000000025", "a giraffe")]),
+        ("p.csv", 'Index,Image_ID,Category,Prompt\n1,0a,food,"udon, "\n', [("0a", "udon, ")]),
+        ("captions_val2014.json", COCO, [("COCO_val2014_000000000009", "a dog\n"), ("000000000025", "a giraffe")]),
     ],
 )
 def test_forms(tmp_path, name, content, expected):
