@@ -17,7 +17,7 @@ from torch import nn
 
 from .metrics import Scorer
 
-REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
+REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
 #: Mean and standard deviation of the raw score over the paper's validation data.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

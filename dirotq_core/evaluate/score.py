@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ from tqdm.auto import tqdm
 from ..engine.dist import World
 from . import frechet
 from .images import ImageSet, real_images
-from .metrics import METRICS, load_scorer
+from .metrics import METRICS, Scorer, load_scorer
 from .options import EvaluationOptions
 from .prompt_sets import Prompt
 from .store import Results
+
+THREADS = min(8, os.cpu_count() or 1)
 
 
 def score_images(
@@ -34,10 +39,17 @@ def score_images(
             continue
         scorer = scorer or load_scorer(name, world.device(options.device))
         label = f"{metric.label} of {images.name}"
-        with results.writing() as put, tqdm(todo, desc=label, unit="image", disable=not options.progress) as bar:
-            for prompt in bar:
-                pair = images.load(prompt.id), reference.load(prompt.id)
-                put(prompt.id, _stamp(images, reference, prompt, metric.of_pairs), scorer(*pair, prompt.text))
+        # A network computes one picture at a time, arithmetic on the host several.
+        threads = 1 if metric.modules else THREADS
+        score = partial(_score, scorer, images, reference)
+        with (
+            results.writing() as put,
+            tqdm(total=len(todo), desc=label, unit="image", disable=not options.progress) as bar,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            for prompt, value in zip(todo, pool.map(score, todo), strict=True):
+                put(prompt.id, _stamp(images, reference, prompt, metric.of_pairs), value)
+                bar.update()
     world.wait()
     table = {}
     for images in sets:
@@ -45,6 +57,10 @@ def score_images(
         stamps = [_stamp(images, reference, p, metric.of_pairs) for p in prompts]
         table[images.name] = np.array([results.get(p.id, s) for p, s in zip(prompts, stamps, strict=True)], float)
     return table
+
+
+def _score(scorer: Scorer, images: ImageSet, reference: ImageSet, prompt: Prompt) -> float:
+    return scorer(images.load(prompt.id), reference.load(prompt.id), prompt.text)
 
 
 def _stamp(images: ImageSet, reference: ImageSet, prompt: Prompt, of_pairs: bool) -> str:

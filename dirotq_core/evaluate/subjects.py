@@ -18,11 +18,16 @@ DENOISERS = ("transformer", "unet")
 
 @dataclass(frozen=True)
 class Size:
-    """Of the denoiser. bytes: of its tensors. bits: average per parameter. linear_bits: per quantized weight."""
+    """Of the denoiser. bytes: of its tensors. bits: average per parameter. linear_bits: per quantized weight.
+
+    method, activation_bits: of a DiRotQ checkpoint.
+    """
 
     bytes: int
     bits: float | None = None
     linear_bits: float | None = None
+    method: str | None = None
+    activation_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,10 @@ def measure(folder: Path) -> Size:
     """
     if _is_quantized(folder):
         result = inspect_checkpoint(folder)
-        return Size(result.total_bytes, result.average_bits, result.quantized_bits)
+        config = result.config
+        return Size(
+            result.total_bytes, result.average_bits, result.quantized_bits, config.method, config.activation_bits
+        )  # fmt: skip
     entries = read_headers(checkpoint_files(folder)).values()
     if read_json(folder / "config.json").get("quantization_config"):
         return Size(sum(e.bytes for e in entries))
@@ -154,11 +162,13 @@ def with_activation_bits(subjects: Sequence[Subject], bits: Sequence[int]) -> li
         wrong = next((b for b in bits if b not in choices), None)
         if wrong is not None:
             raise ValueError(f"activation bits of {subject.path} must be of {choices}, got {wrong}")
-    return [
-        replace(s, name=f"{s.name}, A{b}", activation_bits=b) if b else s
-        for s in subjects
-        for b in (bits if s.quantized else (0,))
-    ]
+    return [_with_bits(s, b) if b else s for s in subjects for b in (bits if s.quantized else (0,))]
+
+
+def _with_bits(subject: Subject, bits: int) -> Subject:
+    assert subject.size is not None  # it is a checkpoint
+    size = replace(subject.size, activation_bits=bits)
+    return replace(subject, name=f"{subject.name}, A{bits}", activation_bits=bits, size=size)
 
 
 def check_names(subjects: Sequence[Subject]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +17,7 @@ from .judge.protocol import QUESTIONS
 from .judge.tally import Pair, against_control, tally
 from .metrics import METRICS
 from .prompt_sets import Prompt
-from .subjects import Subject
+from .subjects import Size, Subject
 
 #: Metrics of whole sets, which have no interval: (key, label).
 OF_SETS = (("fid", "FID to reference"), ("fid_real", "FID to real images"))
@@ -38,8 +38,8 @@ def summarize(
     rows = [
         {
             "name": s.name, "source": str(s.path), "kind": s.kind, "control": s.control, "reference": s is subjects[0],
-            **(asdict(s.size) if s.size else {"bytes": None, "bits": None, "linear_bits": None}),
-            "activation_bits": s.activation_bits, "metrics": {}, **dict(fid.get(s.name, {})), "judge": {},
+            **(asdict(s.size) if s.size else dict.fromkeys(f.name for f in fields(Size))),
+            "metrics": {}, **dict(fid.get(s.name, {})), "judge": {},
         }
         for s in subjects
     ]  # fmt: skip
@@ -141,6 +141,8 @@ def columns_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(key, heading) of the columns of the table for people."""
     rows = result["rows"]
     found = [("size", "size MB"), ("bits", "bits")]
+    if any(row["activation_bits"] is not None for row in rows):
+        found.append(("activation_bits", "act. bits"))
     if any(row["linear_bits"] is not None for row in rows):
         found.append(("linear_bits", "in linears"))
     for name, metric in METRICS.items():
@@ -154,6 +156,8 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     """What stands in a column; empty for what was not measured."""
     if key == "size":
         return "" if row["bytes"] is None else f"{row['bytes'] / 1e6:,.1f}"
+    if key == "activation_bits":
+        return "" if row[key] is None else str(row[key])
     if key in ("bits", "linear_bits"):
         return "" if row[key] is None else f"{row[key]:.2f}"
     if key in METRICS and key in row["metrics"]:

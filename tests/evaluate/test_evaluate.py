@@ -47,6 +47,7 @@ def test_two_checkpoints_against_one_reference(request, models, four, tmp_path):
         found = inspect_checkpoint(models.checkpoints[row["name"]])
         assert (row["bytes"], row["bits"], row["linear_bits"]) == (
             found.total_bytes, found.average_bits, found.quantized_bits)  # fmt: skip
+        assert (row["method"], row["activation_bits"]) == (row["name"], found.config.activation_bits)
     assert result["rows"][0]["bits"] == 16 and result["rows"][0]["bytes"] == 2 * found.parameters
     (difference,) = [d for d in result["differences"] if d["metric"] == "psnr"]
     assert (difference["model"], difference["minus"]) == ("hadamard", "rtn")
@@ -126,7 +127,7 @@ def test_killed_and_gone_on(pixart, four, done, tmp_path):
 
 
 def test_interrupted_while_scoring(pixart, four, done, tmp_path, monkeypatch):
-    from dirotq.dirotq_core.evaluate import metrics
+    from dirotq.dirotq_core.evaluate import metrics, score
 
     out = tmp_path / "out"
     shutil.copytree(done / "images", out / "images")
@@ -140,6 +141,7 @@ def test_interrupted_while_scoring(pixart, four, done, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "psnr", interrupt)
+        patch.setattr(score, "THREADS", 1)
         with pytest.raises(KeyboardInterrupt):
             evaluate(pixart.sources, pixart.reference, four, out, pixart.options())
     kept = (out / "scores" / "rtn" / "psnr.0.jsonl").read_text()
@@ -179,6 +181,7 @@ def test_activation_bits_make_rows(pixart, four, tmp_path):
     result = evaluate([pixart.sources[0]], pixart.reference, four[:2], tmp_path, options)
     names = [row["name"] for row in result["rows"]]
     assert names == ["bf16", "hadamard, A4", "hadamard, A8"]
+    assert [row["activation_bits"] for row in result["rows"]] == [None, 4, 8]
     pipeline = DiffusionPipeline.from_pretrained(pixart.checkpoints["hadamard"], torch_dtype=torch.bfloat16)
     for bits in (4, 8):
         dirotq.set_activation_bits(pipeline, bits)
