@@ -25,9 +25,11 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--line); }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } tr.soft td { opacity: .7; }
-.ends { opacity: .65; font-size: .85em; }
+.ends { opacity: .65; font-size: .85em; display: block; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 figcaption, .small { font-size: .85rem; opacity: .75; }
 .grid { display: grid; gap: .6rem; align-items: start; overflow-x: auto; }
