@@ -1,4 +1,4 @@
-"""The command line: ``dirotq demo``, ``quantize``, ``inspect``, ``convert``, ``card``, ``push``."""
+"""The command line: ``dirotq demo``, ``quantize``, ``inspect``, ``convert``, ``evaluate``, ``card``, ``push``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli_hub, cli_quantize
+from . import cli_evaluate, cli_hub, cli_quantize
 from .arguments import pick_device, positive
 
 
@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dirotq {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = "what is finished stays in the folder" if args.command == "demo" else "nothing was written"
+        left = "nothing was written"
+        if args.command in ("demo", "evaluate"):
+            left = "what is finished stays in the folder"
         if args.command == "quantize":
             left = cli_quantize.what_is_left(args)
         print(f"dirotq {args.command}: interrupted; {left}", file=sys.stderr)
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     cli_quantize.add_parser(commands)
+    cli_evaluate.add_parser(commands)
 
     inspect = commands.add_parser(
         "inspect",

@@ -50,6 +50,12 @@ def _add_method(group: Any) -> None:
         help="default of the checkpoint; can be changed at run time",
     )
     group.add_argument("--keep", action="append", metavar="PATTERN", help="modules to leave in 16 bit; can be repeated")
+    group.add_argument(
+        "--weight-only",
+        action="append",
+        metavar="PATTERN",
+        help="modules to run with 16-bit activations; can be repeated",
+    )
     group.add_argument("--no-modulation", action="store_true", help="leave modulation layers in 16 bit")
     group.add_argument("--seed", type=int, default=0)
 
@@ -116,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
     config = DiRotQConfig(
         method=args.method, rank=args.rank, high_fraction=args.high_fraction, basis=args.basis,
         rounding=args.rounding, activation_bits=args.activation_bits, modules_to_not_convert=args.keep,
+        weight_only_modules=args.weight_only,
         quantize_modulation=not args.no_modulation, seed=args.seed,
     )  # fmt: skip
     device = pick_device(args.device)

@@ -164,7 +164,7 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the pipeline's folder, or the folder of its transformer")
     if not path.is_dir():
-        path = _download(str(model), weights)
+        path = download(str(model), weights)
     folder = find_transformer(path)
     config = read_json(folder / "config.json")
     if config.get("quantization_config"):
@@ -173,7 +173,8 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
     return Source(root, folder, config, read_headers(checkpoint_files(folder)) if weights else {})
 
 
-def _download(name: str, weights: bool) -> Path:
+def download(name: str, weights: bool) -> Path:
+    """The folder of a pipeline or a transformer on the Hub; CheckpointError says why it cannot be had."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:

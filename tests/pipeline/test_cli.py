@@ -47,6 +47,17 @@ def test_data_free_transformer_only(capsys, pixart, tmp_path):
     assert (out / "config.json").is_file() and not (out / "model_index.json").exists()
 
 
+def test_weight_only_modules(capsys, pixart, tmp_path):
+    out = tmp_path / "out"
+    status, text, err = quantize(capsys, pixart, out, "--data-free", "--method", "rtn", "--weight-only", "ff.net.2")
+    assert status == 0, err
+    status, text, err = run(capsys, "inspect", out)
+    schemes = {
+        line.split()[0]: line.split()[4] for line in text.splitlines() if line.startswith("transformer_blocks.0.")
+    }
+    assert schemes["transformer_blocks.0.ff.net.2"] == "W4A16" and schemes["transformer_blocks.0.attn1.to_q"] != "W4A16"
+
+
 def test_what_goes_wrong_is_one_line(capsys, pixart, tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9\n")

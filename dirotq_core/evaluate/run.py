@@ -1,0 +1,205 @@
+"""An evaluation from end to end: what is compared is opened, drawn, scored, judged and reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ..engine.dist import World
+from ..engine.journal import LOCK, ResumeError, write_atomically
+from . import frechet
+from .draw import draw_subject
+from .images import ImageSet, check_sizes, find_images, real_images
+from .judge.protocol import ORDERS, QUESTIONS
+from .judge.protocol import VERSION as PROTOCOL
+from .judge.run import Docket, Task, tasks
+from .judge.tally import Pair
+from .metrics import METRICS, check_installed, load_scorer
+from .options import EvaluationOptions
+from .page import write_page
+from .prompt_sets import Prompt, digest
+from .score import distances, score_images
+from .subjects import Subject, check_architectures, check_names, open_subject, parse_subject, with_activation_bits
+from .summary import VERSION, notes, prompts_csv, summarize, table_csv
+
+logger = logging.getLogger(__name__)
+
+#: The control's row.
+CONTROL = "reference, other seeds"
+#: Device → a judge: something to call with messages, which has an `identity`.
+MakeJudge = Callable[[str], Any]
+
+
+def evaluate(
+    models: Sequence[str], reference: str, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions,
+    judge: MakeJudge | None = None, parallel: int = 1,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Compare `models` with `reference`, and write the result into the folder `out`.
+
+    What is there already is used: a run that was interrupted or killed goes on, and one with another metric or a judge
+    draws nothing again. Of several processes (``accelerate launch``) each takes its share.
+
+    Args:
+        models: pipelines, transformers, single files, Hub ids or folders of images, as ``SOURCE`` or ``NAME=SOURCE``.
+        reference: the same, of the pipeline in 16 bit.
+        judge: makes a judge; None for none. parallel: questions that it is asked at a time.
+
+    Returns:
+        What ``report.json`` holds; None in processes other than the first.
+
+    Raises:
+        ValueError: something cannot be compared; named before anything is drawn, where that is possible.
+        ImportError: a metric needs a package that is not installed.
+    """
+    if not models:
+        raise ValueError("no model to evaluate was given")
+    world = World.join()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        world.by_first(lambda: _acquire(lock, out))
+        return _evaluate(models, reference, prompts, out, options, judge, parallel, world)
+    finally:
+        lock.release()
+        world.leave()
+
+
+def _acquire(lock: FileLock, out: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ResumeError(f"another process is working in {out}") from error
+
+
+def _evaluate(
+    models: Sequence[str], reference: str, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions,
+    judge: MakeJudge | None, parallel: int, world: World,
+) -> dict[str, Any] | None:  # fmt: skip
+    subjects = world.share(
+        world.by_first(lambda: _prepare(models, reference, prompts, out, options, judge is not None))
+    )
+    assert subjects is not None
+    sets = [_pictures(s, subjects[0], prompts, out, options, world) for s in subjects]
+    world.by_first(lambda: check_sizes(sets[1:], sets[0]))
+    scores = {
+        name: score_images(name, sets, sets[0], prompts, out / "scores", options, world)
+        for name in METRICS
+        if name in options.metrics and METRICS[name].load is not None
+    }
+    fid = distances(sets, sets[0], out / "scores", options, world) if "fid" in options.metrics else {}
+    verdicts: dict[str, dict[str, list[Pair]]] = {}
+    identity: dict[str, Any] | None = None
+    if judge is not None:
+        asked = judge(world.device(options.device))
+        identity = {"protocol": PROTOCOL, **asked.identity}
+        verdicts = {s.name: _judge(asked, s, sets[0], prompts, out, parallel, options, world) for s in sets[1:]}
+    if not world.first:
+        return None
+    result = {
+        "version": VERSION,
+        **_about(prompts, options),
+        "judge": identity,
+        **summarize(subjects, scores, fid, verdicts, options.resamples),
+    }
+    result["notes"] = notes(result)
+    _write(result, sets, prompts, scores, out, options)
+    return result
+
+
+def _prepare(
+    models: Sequence[str],
+    reference: str,
+    prompts: Sequence[Prompt],
+    out: Path,
+    options: EvaluationOptions,
+    judged: bool,
+) -> list[Subject]:
+    """The reference, the control and the models; whatever can be found wrong without drawing is."""
+    check_installed(options.metrics)
+    if options.real is not None:
+        real_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
+    first = open_subject(*parse_subject(reference), out / "converted")
+    if first.kind == "transformer":
+        raise ValueError(f"{first.path} is a transformer alone; the reference must be a pipeline or a folder of images")
+    opened = [open_subject(*parse_subject(m), out / "converted") for m in models]
+    check_architectures(first, opened)
+    subjects = [first]
+    if (options.control or judged) and first.kind == "images":
+        logger.warning("there will be no control: the reference %s is a folder of images", first.path)
+    elif options.control or judged:
+        subjects.append(replace(first, name=CONTROL, control=True))
+    subjects += with_activation_bits(opened, options.activation_bits)
+    check_names(subjects)
+    for subject in subjects:
+        if subject.kind == "images":  # the others draw what is missing
+            find_images(subject.name, subject.path, (p.id for p in prompts))
+    for name in options.metrics:  # weights that cannot be had are missed before hours of drawing
+        if METRICS[name].modules:
+            load_scorer(name, "cpu") if METRICS[name].load else frechet.load_extractor("cpu")
+    return subjects
+
+
+def _pictures(
+    subject: Subject, reference: Subject, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions, world: World
+) -> ImageSet:
+    if subject.kind == "images":
+        return find_images(subject.name, subject.path, (p.id for p in prompts))
+    return draw_subject(subject, reference, prompts, out / "images" / subject.name, options, world)
+
+
+def _judge(
+    judge: Any, images: ImageSet, reference: ImageSet, prompts: Sequence[Prompt], out: Path, parallel: int,
+    options: EvaluationOptions, world: World,
+) -> dict[str, list[Pair]]:  # fmt: skip
+    everything = tasks(prompts)
+    Docket(out / "judge", images, reference, judge.identity, world.rank).run(
+        judge, everything, world, parallel, options.progress
+    )
+    if not world.first:
+        return {}
+    docket = Docket(out / "judge", images, reference, judge.identity)  # with what the others have written
+
+    def pair(question: str, prompt: Prompt) -> Pair:
+        first, second = (docket.verdict(Task(prompt, question, order)) for order in ORDERS)
+        return first, second
+
+    return {question: [pair(question, p) for p in prompts] for question in QUESTIONS}
+
+
+def _about(prompts: Sequence[Prompt], options: EvaluationOptions) -> dict[str, Any]:
+    import diffusers
+    import torch
+
+    package = sys.modules[(__package__ or "").removesuffix(".dirotq_core.evaluate")]
+    gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else None
+    return {
+        "versions": {"dirotq": package.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "device": gpu or options.device,
+        "prompts": {"count": len(prompts), "digest": digest(prompts)},
+        "call": options.call,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "batch": options.batch,
+        "resamples": options.resamples,
+    }
+
+
+def _write(
+    result: dict[str, Any], sets: Sequence[ImageSet], prompts: Sequence[Prompt],
+    scores: dict[str, dict[str, np.ndarray]], out: Path, options: EvaluationOptions,
+) -> None:  # fmt: skip
+    texts = {
+        "report.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        "table.csv": table_csv(result),
+        "prompts.csv": prompts_csv(prompts, scores, [r["name"] for r in result["rows"] if r["control"]]),
+        "index.html": write_page(result, sets, prompts, scores, options.shown),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text.encode())

@@ -1,0 +1,329 @@
+"""The judge: replies that are read or not, a server that fails, verdicts that are counted, and a run that goes on."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dirotq.dirotq_core.engine.dist import World
+from dirotq.dirotq_core.evaluate import Prompt
+from dirotq.dirotq_core.evaluate.images import find_images
+from dirotq.dirotq_core.evaluate.judge.endpoint import Endpoint, JudgeError
+from dirotq.dirotq_core.evaluate.judge.protocol import ORDERS, QUESTIONS, Message, judge_pair, read_reply
+from dirotq.dirotq_core.evaluate.judge.run import Docket, Task, tasks
+from dirotq.dirotq_core.evaluate.judge.tally import against_control, tally
+
+from .endpoint import Answer, Server, said
+
+
+@pytest.mark.parametrize(
+    ("reply", "choice"),
+    [
+        ("FIRST", "first"),
+        (" second.\n", "second"),
+        ("**TIE**", "tie"),
+        ("The answer is FIRST", "first"),
+        ("Answer: TIE", "tie"),
+        ("The first one has noise, the second has not. Answer: SECOND", "second"),
+        ("Verdict: first. No, wait. Verdict: second", "second"),
+        ("<think>FIRST? no, SECOND looks better</think>TIE", "tie"),
+        ("<THINK>\nlong\n</THINK>\nfirst", "first"),
+        ('{"answer": "second"}', "second"),
+        ("It's a tie", "tie"),
+        ("", None),
+        ("I cannot see images.", None),
+        ("FIRST or SECOND", None),
+        ("The first image shows a cat on a mat.", None),
+        ("<think>FIRST", None),
+        ("necktie", None),
+        ("1", None),
+    ],
+)
+def test_replies(reply, choice):
+    assert read_reply(reply) == choice
+
+
+@given(st.text(max_size=200))
+def test_any_reply_is_read_or_not(reply):
+    assert read_reply(reply) in ("first", "second", "tie", None)
+
+
+A, B = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again():
+    replies, seen = ["hm", "well", "SECOND"], []
+
+    def ask(messages):
+        seen.append(list(messages))
+        return replies[len(seen) - 1]
+
+    verdict = judge_pair(ask, "alignment", A, B, "a {prompt} cat")
+    assert (verdict.choice, verdict.reply, verdict.replies) == ("second", "SECOND", 3)
+    assert [len(m) for m in seen] == [1, 3, 5] and seen[2][1].parts == ("hm",)
+    text = seen[0][0].parts[-1]
+    assert "\n\na {prompt} cat\n\n" in text
+    assert [p is A for p in seen[0][0].parts[1:4:2]] == [True, False]
+    assert judge_pair(lambda m: "no", "quality", A, B, "x").choice is None
+
+
+def messages():
+    return [Message("user", ("First image:", A, "Second image:", B, "Which?"))]
+
+
+def quick(server, **changes):
+    return Endpoint(server.url, "judge-7b", **{"pause": 0.01, "tries": 3, "timeout": 5, **changes})
+
+
+def test_a_request(monkeypatch):
+    monkeypatch.setenv("DIROTQ_JUDGE_API_KEY", "sesame")
+    monkeypatch.setenv("OPENAI_API_KEY", "of somebody else")
+    with Server(lambda q: said([{"type": "text", "text": "TIE"}])) as server:
+        assert quick(server)(messages()) == "TIE"
+    (question,) = server.questions
+    assert question.headers["Authorization"] == "Bearer sesame"
+    assert question.body["model"] == "judge-7b" and question.body["temperature"] == 0
+    np.testing.assert_array_equal(question.images[0], A)
+    np.testing.assert_array_equal(question.images[1], B)
+    assert question.texts == ["First image:", "Second image:", "Which?"]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Answer(b"busy", 503),
+        Answer(b"slow down", 429, {"Retry-After": "0"}),
+        Answer(b"<html>a proxy</html>"),
+        Answer(b'{"choices": []}'),
+        Answer(b"[]"),
+        Answer(b"\xff\xfe"),
+        Answer(b"", cut=True),
+    ],
+    ids=lambda a: f"{a.status} {a.body[:12]!r}",
+)
+def test_trouble_that_passes(trouble):
+    answers = [trouble, trouble, said("FIRST")]
+    with Server(lambda q: answers[len(server.questions) - 1]) as server:
+        assert quick(server)(messages()) == "FIRST"
+        assert len(server.questions) == 3
+
+
+def test_trouble_that_stays():
+    with Server(lambda q: Answer(b"out of memory", 500)) as server:
+        with pytest.raises(JudgeError, match="failed 3 times, at last with status 500, out of memory"):
+            quick(server)(messages())
+        assert len(server.questions) == 3
+        url = server.url
+    with pytest.raises(JudgeError, match="failed 2 times, at last with URLError"):
+        Endpoint(url, "x", tries=2, pause=0.01)(messages())
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 302])
+def test_a_refusal_is_not_repeated(status):
+    with Server(lambda q: Answer(b'{"error": "no such\\n model"}', status, {"Location": "/elsewhere"})) as server:
+        with pytest.raises(JudgeError, match=f"refused: status {status}, .*no such"):
+            quick(server)(messages())
+        assert len(server.questions) == 1
+
+
+def test_an_answer_that_takes_too_long():
+    with Server(lambda q: said("TIE"), delay=0.5) as server, pytest.raises(JudgeError, match=r"(?i)time"):
+        quick(server, tries=1, timeout=0.1)(messages())
+
+
+def test_a_silent_model_is_reminded():
+    answers = [said(None), said(""), said("TIE")]
+    with Server(lambda q: answers[(q.turns - 1) // 2]) as server:
+        assert judge_pair(quick(server), "quality", A, B, "x").choice == "tie"
+    assert [q.turns for q in server.questions] == [1, 3, 5]
+
+
+def test_waiting_grows_and_has_an_end():
+    judge = Endpoint("http://localhost/v1", "x")
+    assert [judge._wait(n, None) for n in (1, 2, 3, 9)] == [1, 2, 4, 60]
+    assert judge._wait(1, "7") == 7 and judge._wait(1, "Wed, 21 Oct") == 1 and judge._wait(1, "9999") == 60
+
+
+@pytest.fixture
+def pictures(tmp_path, folder_of_images):
+    """Pictures of a model and of the reference, whose brightness tells which it is, and their prompts."""
+    from PIL import Image
+
+    prompts = [Prompt(f"p{i}", f"scene {i}") for i in range(6)]
+    for name, level in (("reference", 40), ("model", 220)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i, p in enumerate(prompts):
+            Image.new("RGB", (8, 8), (level, i, 0)).save(folder / f"{p.id}.png")
+    sets = [find_images(n, tmp_path / n, [p.id for p in prompts]) for n in ("model", "reference")]
+    return sets, prompts
+
+
+def brighter(question):
+    """A judge who prefers the brighter picture in quality, the first one in alignment, and cannot speak about p5."""
+    if question.images[0][0, 0, 1] == 5:
+        return said("I'd rather not")
+    if "perceptual quality" in question.texts[-1]:
+        return said("FIRST" if question.images[0].mean() > question.images[1].mean() else "SECOND")
+    return said("FIRST")
+
+
+def judged(docket, prompts):
+    return {
+        q: [tuple(docket.verdict(Task(p, q, o)) for o in ORDERS) for p in prompts] for q in QUESTIONS
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_both_orders_are_asked_and_counted(pictures, tmp_path, parallel):
+    (model, reference), prompts = pictures
+    with Server(brighter, delay=0.01) as server:
+        judge = quick(server)
+        docket = Docket(tmp_path / "judge", model, reference, judge.identity)
+        docket.run(judge, tasks(prompts), World(), parallel, progress=False)
+        assert server.most <= parallel and (parallel == 1 or server.most > 1)
+        # Both orders of everything, and two reminders wherever nothing was said.
+        assert len(server.questions) == 6 * 4 + 4 * 2
+        docket.run(judge, tasks(prompts), World(), parallel, progress=False)
+        assert len(server.questions) == 6 * 4 + 4 * 2, "nothing is asked twice"
+    verdicts = judged(docket, prompts)
+    assert verdicts["quality"] == [("second", "first")] * 5 + [(None, None)]
+    assert verdicts["alignment"] == [("first", "first")] * 5 + [(None, None)]
+    quality, alignment = (tally(verdicts[q], 100) for q in ("quality", "alignment"))
+    assert quality.preference.mean == 1 and (quality.won, quality.tied, quality.lost) == (1, 0, 0)
+    assert (quality.agreement, quality.first, quality.judged, quality.unread) == (1, 0.5, 5, 2)
+    assert alignment.preference.mean == 0 and (alignment.tied, alignment.agreement, alignment.first) == (1, 0, 1)
+
+
+def test_a_judge_that_dies_and_comes_back(pictures, tmp_path):
+    (model, reference), prompts = pictures
+    with Server(brighter) as server:
+        whole = Docket(tmp_path / "whole", model, reference, quick(server).identity)
+        whole.run(quick(server), tasks(prompts), World(), 2, progress=False)
+
+    def dying(question):
+        return brighter(question) if len(server.questions) <= 9 else Answer(b"gone", 500)
+
+    identity = {"model": "judge-7b"}  # at another address
+    with Server(dying) as server:
+        judge = Endpoint(server.url, "judge-7b", tries=2, pause=0.01)
+        docket = Docket(tmp_path / "judge", model, reference, identity)
+        with pytest.raises(JudgeError, match="gone"):
+            docket.run(judge, tasks(prompts), World(), 2, progress=False)
+        left = Docket(tmp_path / "judge", model, reference, identity).missing(tasks(prompts))
+        assert 0 < len(left) < 24
+    with Server(brighter) as server:
+        docket = Docket(tmp_path / "judge", model, reference, identity)
+        docket.run(quick(server), tasks(prompts), World(), 2, progress=False)
+        asked_about_p5 = sum(t.prompt.id == "p5" for t in left)
+        assert len(server.questions) == len(left) + 2 * asked_about_p5
+    assert judged(docket, prompts) == judged(whole, prompts)
+
+
+def test_an_interrupt_does_not_wait_for_answers(pictures, tmp_path, monkeypatch):
+    from dirotq.dirotq_core.evaluate.judge import run
+
+    (model, reference), prompts = pictures
+    release, asked, kept = threading.Event(), [], []
+
+    def slow(messages):
+        asked.append(1)
+        if len(asked) > 3:
+            release.wait(30)
+        return "TIE"
+
+    class Bar(run.tqdm):
+        def update(self, n=1):
+            kept.append(n)
+            if len(kept) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "tqdm", Bar)
+    docket = Docket(tmp_path / "judge", model, reference, {"model": "a"})
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        docket.run(slow, tasks(prompts), World(), 4, progress=False)
+    assert time.monotonic() - started < 5
+    release.set()
+    assert len(Docket(tmp_path / "judge", model, reference, {"model": "a"}).missing(tasks(prompts))) == 24 - 3
+
+
+def test_verdicts_belong_to_a_judge_and_to_pictures(pictures, tmp_path):
+    from PIL import Image
+
+    (model, reference), prompts = pictures
+    everything = tasks(prompts)
+    docket = Docket(tmp_path / "judge", model, reference, {"model": "a"})
+    docket.run(lambda m: "TIE", everything, World(), 1, progress=False)
+    assert docket.missing(everything) == []
+    assert len(Docket(tmp_path / "judge", model, reference, {"model": "b"}).missing(everything)) == 24
+    Image.new("RGB", (9, 8)).save(model.files["p0"])
+    assert {t.prompt.id for t in Docket(tmp_path / "judge", model, reference, {"model": "a"}).missing(everything)} == {
+        "p0"
+    }
+
+
+@pytest.mark.parametrize(("ranks", "size"), [((0, 1, 2), 3)])
+def test_processes_share_the_questions(pictures, tmp_path, monkeypatch, ranks, size):
+    """What each of three processes would do, one after the other."""
+    (model, reference), prompts = pictures
+    monkeypatch.setattr(World, "wait", lambda self: None)
+    monkeypatch.setattr(World, "share", lambda self, value: tasks(prompts))
+    counts = []
+    for rank in ranks:
+        docket = Docket(tmp_path / "judge", model, reference, {"model": "a"}, rank)
+        asked = []
+        docket.run(lambda m, asked=asked: asked.append(1) or "TIE", tasks(prompts), World(rank, size), 1, False)
+        counts.append(len(asked))
+    assert counts == [8, 8, 8]
+    assert Docket(tmp_path / "judge", model, reference, {"model": "a"}).missing(tasks(prompts)) == []
+
+
+def test_counts_by_hand():
+    pairs = [
+        ("second", "first"),  # the model both times
+        ("second", "tie"),  # half
+        ("first", "second"),  # the reference both times
+        ("tie", "tie"),
+        ("first", "first"),  # the first both times: a contradiction
+        (None, "first"),
+    ]
+    found = tally(pairs, 4000)
+    assert found.preference.mean == pytest.approx((1 + 0.5 - 1 + 0 + 0) / 5)
+    assert (found.won, found.lost) == (0.2, 0.2) and found.tied == pytest.approx(0.6)
+    assert found.agreement == pytest.approx(3 / 5)
+    assert found.first == pytest.approx(5 / 8) and found.judged == 5 and found.unread == 1
+    control = [("tie", "tie")] * 5 + [("second", "first")]
+    net = against_control(pairs, control, 100)
+    assert net.mean == pytest.approx(0.1)
+    assert tally([(None, "tie")], 10).preference is None and against_control([(None, None)], control[:1], 10) is None
+
+
+def test_the_whole_command(pixart, four, tmp_path, capsys):
+    """A judge at an endpoint who cannot tell apart: both models tie with the reference, and so does the control."""
+    from dirotq.dirotq_core.cli import main
+
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"id": p.id, "prompt": p.text} for p in four]))
+    extra = [f"--call={name}={json.dumps(value)}" for name, value in pixart.call.items()]
+    with Server(lambda q: said("TIE" if q.images[0].shape == q.images[1].shape else "FIRST")) as server:
+        command = ["evaluate", pixart.sources[1], "--reference", pixart.reference, "--out", str(tmp_path / "out"),
+                   "--prompts", str(prompts), "--resamples", "50", "--device", "cpu", "--judge", "judge-7b",
+                   "--judge-url", server.url, *extra]  # fmt: skip
+        assert main(command) == 0
+        assert len(server.questions) == 2 * 4 * 4
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    control, model = report["rows"][1:]
+    assert control["control"] and model["name"] == "rtn"
+    assert model["judge"]["quality"]["tied"] == 1 and model["judge"]["alignment"]["preference"]["mean"] == 0
+    assert model["judge"]["quality"]["against_control"] == {"mean": 0, "low": 0, "high": 0}
+    assert report["judge"]["model"] == "judge-7b" and report["judge"]["protocol"] == 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "judge-7b was asked" in page and "quality" in out and "100%" in out
+    key = "DIROTQ_JUDGE_API_KEY"
+    assert key not in page
