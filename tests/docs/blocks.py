@@ -23,7 +23,6 @@ CANNOT_RUN = {
     "compile_repeated_blocks(": "compiles for a minute; tests/backend compiles one block",
     "dirotq demo": "draws for minutes; tests/demo runs it",
     "dirotq evaluate": "draws for minutes; tests/evaluate runs it",
-    "accelerate launch": "starts several processes; tests/evaluate runs two",
     "git clone": "needs a network and ComfyUI",
     "pip install": "would change the environment",
     "torchrun": "starts four processes; tests/engine runs two",
