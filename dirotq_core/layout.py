@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from .codebooks import WeightFormat, weight_format
+from .codebooks import PackedFormat, weight_format
 from .config import DiRotQConfig
 from .methods import WEIGHT_ONLY_FORMAT, method
 from .patterns import ModulePatterns
@@ -51,7 +51,7 @@ class SitePlan:
         return method(self.method).input_transform if self.method else None
 
     @property
-    def format(self) -> WeightFormat:
+    def format(self) -> PackedFormat:
         return method(self.method).weights if self.method else weight_format(self.plain_format)
 
     @property
@@ -77,11 +77,7 @@ class SitePlan:
         spec: Spec = {"weight": ((out_features, self.format.packed_columns(k)), torch.uint8)}
         if self.rank:
             spec["low_rank"] = ((out_features, self.rank), torch.bfloat16)
-        if self.format.grouped:  # many: 16 bit
-            spec["weight_scale"] = ((out_features, self.format.scale_columns(k)), torch.bfloat16)
-        else:  # one a row, times an exact integer sum: 32 bit
-            spec["weight_scale"] = ((out_features,), torch.float32)
-        return spec
+        return spec | {name: ((out_features, *tail), dtype) for name, (tail, dtype) in self.format.scales(k).items()}
 
 
 def linear_at(model: torch.nn.Module, name: str) -> torch.nn.Linear:

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .activations import ACTIVATION_FORMATS
-from .codebooks import WeightFormat, weight_format
+from .adaptive import ADAPTIVE_ROTATION
+from .codebooks import PackedFormat, WeightFormat, weight_format
 from .transforms import TRANSFORMS, Transform
+from .twin_log import TwinLog
 
 #: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
 WEIGHT_ONLY_FORMAT = "codebook_g64"
@@ -33,7 +35,7 @@ class Method:
     """
 
     transform: str | Transform
-    weight_format: str | WeightFormat
+    weight_format: str | PackedFormat
     activations: Mapping[int, str]
     rounding: str
     source: str
@@ -46,7 +48,17 @@ class Method:
     @property
     def fused(self) -> bool:
         """Whether the fused kernels run it: a kernel transform, one weight scale per row, codes on the int8 lattice."""
-        return self.input_transform.kernel and not self.weights.grouped
+        return self.input_transform.kernel and self.weights.lattice
+
+    def default_bits(self, calibrated: bool) -> int:
+        """Activation bits where none are asked for: 4, without calibration 8; else the most it has a format for."""
+        wanted = 4 if calibrated else 8
+        return wanted if wanted in self.activations else max(self.activations, default=16)
+
+    @property
+    def gptq(self) -> bool:
+        """Whether its weights can be rounded by GPTQ: one table for all."""
+        return isinstance(self.weights, WeightFormat)
 
     @property
     def input_transform(self) -> Transform:
@@ -54,7 +66,7 @@ class Method:
         return TRANSFORMS[self.transform] if isinstance(self.transform, str) else self.transform
 
     @property
-    def weights(self) -> WeightFormat:
+    def weights(self) -> PackedFormat:
         """What weights are rounded to."""
         return weight_format(self.weight_format) if isinstance(self.weight_format, str) else self.weight_format
 
@@ -80,6 +92,13 @@ METHODS: dict[str, Method] = {
         for name, weights, bits in (
             ("orbitquant", "lloyd4", 4), ("orbitquant_w3", "lloyd3", 3), ("orbitquant_w2", "lloyd2", 2),
         )
+    },
+    **{
+        name: Method(
+            ADAPTIVE_ROTATION, TwinLog(bits), {b: f"asym_token_{b}" for b in (4, 6, 8)}, "nearest", rank=0,
+            source=f"LRQ-DiT, arXiv 2508.03485, {bits}-bit weights",
+        )
+        for name, bits in (("lrq", 4), ("lrq_w3", 3))
     },
     "svdquant": Method(
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,

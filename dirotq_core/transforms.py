@@ -253,6 +253,7 @@ SITE_DTYPES = {
     "basis": torch.bfloat16,
     "signs": torch.int8,
     "permutation": torch.int32,
+    "steps": torch.uint8,
     "rotation": torch.bfloat16,
     "smooth": torch.float32,
 }

@@ -10,9 +10,10 @@ from dirotq.dirotq_core import linear as linear_module
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.checkpoint import CheckpointError, check_values
 from dirotq.dirotq_core.inspect import inspect_checkpoint
+from dirotq.dirotq_core.methods import METHODS as ROWS
 from dirotq.dirotq_core.single_file import convert
 
-METHODS = {"orbitquant": 4, "orbitquant_w3": 3, "orbitquant_w2": 2}
+METHODS = {"orbitquant": 4, "orbitquant_w3": 3, "orbitquant_w2": 2, "lrq": 4, "lrq_w3": 3}
 
 
 def decibels(y, reference):
@@ -44,7 +45,7 @@ def test_modulation_is_int4_in_groups(quantized):
 
 def test_more_bits_are_closer(quantized, tiny, run):
     reference, quality = run(tiny("pixart")), {}
-    for method, bits in METHODS.items():
+    for method, bits in ((m, b) for m, b in METHODS.items() if m.startswith("orbitquant")):
         model, _ = quantized("pixart", method=method)
         for activation in (3, 4, 6, 8, 16):
             dirotq.set_activation_bits(model, activation)
@@ -63,8 +64,9 @@ def test_bits_that_a_method_has_no_format_for(quantized):
         dirotq.set_activation_bits(model, 6)
 
 
-@pytest.mark.parametrize("activation", [3, 4, 6, 8, 16])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("method", "activation"), [(m, b) for m in sorted(METHODS) for b in (*ROWS[m].activations, 16)]
+)
 def test_gradients_pass_straight_through(quantized, method, activation):
     model, plans = quantized("pixart", method=method, activation_bits=activation)
     module = quantized_linears(model)[plans[0].owner]
@@ -95,7 +97,9 @@ def test_the_slower_path_says_so_once(caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "activation"), [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6)])
+@pytest.mark.parametrize(
+    ("method", "activation"), [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6), ("lrq", 4)]
+)
 def test_one_graph_in_every_dtype(quantized, method, activation, dtype):
     model, plans = quantized("pixart", method=method, activation_bits=activation)
     plan = next(p for p in plans if len(p.linears) == 1)
