@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels import dequantize_nvfp4, quantize_nvfp4
 from .codebooks import GROUP_SIZE, nearest_entry, symmetric
 
 
@@ -22,6 +23,7 @@ class ActivationFormat:
     Attributes:
         lattice: int8 values with one scale per token; the rest go through `fake_quantize`.
         symmetric: of the rest, those without an offset. grouped: those with a scale per 64 columns.
+        float4: NVFP4, with the float32 scale of each token instead of a tensor.
         table: the 2ᵇ int8 values of a lattice format that is no mode of the op `rotate_quantize`.
         rms: that table's units per root mean square of a token.
     """
@@ -32,6 +34,7 @@ class ActivationFormat:
     table: tuple[int, ...] = ()
     rms: float = 0.0
     grouped: bool = True
+    float4: bool = False
 
     @property
     def op_mode(self) -> bool:
@@ -48,6 +51,7 @@ ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
     "sym_g64": ActivationFormat(4, lattice=False, symmetric=True),
     "sym_g64_8": ActivationFormat(8, lattice=False, symmetric=True),
     **{f"asym_token_{bits}": ActivationFormat(bits, lattice=False, grouped=False) for bits in (4, 6, 8)},
+    "nvfp4": ActivationFormat(4, lattice=False, symmetric=True, float4=True),
     # Lloyd-Max on a Gaussian, rounded to integers at the rms where that costs least: 0.005 and 0.12 dB.
     "lloyd3": ActivationFormat(3, lattice=True, table=symmetric(6, 18, 32, 52), rms=24.08),
     "lloyd6": ActivationFormat(
@@ -72,7 +76,12 @@ def fake_quantize(v: torch.Tensor, fmt: ActivationFormat) -> torch.Tensor:
     """v [M, K] rounded to `fmt` per token, or per token and 64 columns, in v's dtype; gradients pass straight through.
 
     Asymmetric: step (max − min)/(2ᵇ − 1) from min (DiRotQ, per-group min/max). Symmetric: step max|v|/(2ᵇ⁻¹ − 1).
+    NVFP4: see `quantize_nvfp4`.
     """
+    if fmt.float4:
+        codes, blocks, scale = quantize_nvfp4(v.detach().reshape(-1, v.shape[-1]))
+        rounded = (dequantize_nvfp4(codes, blocks) * scale[:, None]).reshape(v.shape).to(v.dtype)
+        return v + (rounded - v).detach() if v.requires_grad else rounded
     groups = v.detach().float().unflatten(-1, (-1, GROUP_SIZE if fmt.grouped else v.shape[-1]))
     if fmt.symmetric:
         top = 2 ** (fmt.bits - 1) - 1

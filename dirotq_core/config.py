@@ -42,7 +42,8 @@ class DiRotQConfig(QuantizationConfigMixin):
 
     Args:
         method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn", or
-            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits), "lrq" ("_w3").
+            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits), "lrq" ("_w3"), or a
+            floating-point format: "nvfp4", "nf4" (16-bit activations).
         activation_bits: 4, 8 or 16; with some methods also 3 or 6. A run-time choice: see `dirotq.set_activation_bits`.
         activation_format: replaces the method's format of as many bits, for example "codebook" (4 bits).
         rank: width r of the 16-bit subspace. Exclusive with `high_fraction`.
@@ -108,7 +109,7 @@ class DiRotQConfig(QuantizationConfigMixin):
         _check_choice("basis", self.basis, ("pca", "joint"))
         _check_choice("rounding", self.rounding, ("gptq", "nearest"))
         if self.rounding == "gptq" and not chosen.gptq:
-            raise ValueError(f"method {self.method!r} has levels of their own in every row; rounding must be 'nearest'")
+            raise ValueError(f"the weights of method {self.method!r} have no one table; rounding must be 'nearest'")
         _check_integer("seed", self.seed, 0, 2**31 - 1)
         if not isinstance(self.quantize_modulation, bool):
             raise ValueError(f"quantize_modulation must be true or false, got {self.quantize_modulation!r}")

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels import ops, widen
+from ..kernels import ops, quantize_nvfp4, widen
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
+from .float4 import NVFP4
 from .layout import SitePlan, Spec
 from .transforms import hadamard_block
 
@@ -23,12 +24,13 @@ class SiteOutput(NamedTuple):
 
     a: int8 lattice codes [M, K'], or the 4-bit part in x's dtype where no fused kernel applies.
     scale: float32 [M] of the codes, None with a float `a`. z: bfloat16 [M, r], the 16-bit part; [M, r + q] where
-    LoRAs of q rows in all are absorbed.
+    LoRAs of q rows in all are absorbed. blocks: uint8 [M, K'/16], block scales of NVFP4, whose `a` is uint8 [M, K'/2].
     """
 
     a: torch.Tensor
     scale: torch.Tensor | None
     z: torch.Tensor | None
+    blocks: torch.Tensor | None = None
 
 
 class SiteMemo:
@@ -84,6 +86,7 @@ class InputSite(nn.Module):
         # Plain numbers, equal in all blocks: torch.compile guards on what `forward` reads, and the plan holds names,
         # which would make every block a graph of its own.
         self.users, self.rank = len(plan.linears), plan.rank
+        self.float4 = isinstance(plan.format, NVFP4)
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
         self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
@@ -173,6 +176,10 @@ class InputSite(nn.Module):
         if self.activation is None:
             return SiteOutput(v, None, branch)
         fmt = ACTIVATION_FORMATS[self.activation]
+        if fmt.float4 and self.float4 and not (torch.is_grad_enabled() and v.requires_grad):
+            _say_slower(x.device.type, "activations are rounded to NVFP4 by no kernel")
+            codes, blocks, scale = quantize_nvfp4(v)
+            return SiteOutput(codes, scale, branch, blocks)
         if not fmt.lattice:
             return SiteOutput(fake_quantize(v, fmt), None, branch)
         _say_slower(x.device.type, f"{fmt.bits}-bit activations are rounded by no kernel")
@@ -211,6 +218,7 @@ class DiRotQLinear(nn.Linear):
     """
 
     weight_scale: torch.Tensor
+    block_scale: torch.Tensor
     low_rank: torch.Tensor | None
 
     def __init__(
@@ -291,9 +299,14 @@ class DiRotQLinear(nn.Linear):
                 y = y + z @ self.low_rank[:, site.rank :].to(x.dtype).T
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
+        elif (out := site(x)).blocks is not None:
+            y = ops.linear_nvfp4(
+                out.a, out.blocks, out.scale, out.z, self.weight, self.block_scale, self.weight_scale, self.low_rank,
+                self.bias, x.dtype,
+            )  # fmt: skip
         elif self.table is None:
-            y = self._dense_product(site(x))
-        elif (out := site(x)).scale is not None:
+            y = self._dense_product(out)
+        elif out.scale is not None:
             y = ops.linear_a8(
                 out.a, out.scale, out.z, self.codes, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .activations import ACTIVATION_FORMATS
 from .adaptive import ADAPTIVE_ROTATION
 from .codebooks import PackedFormat, WeightFormat, weight_format
+from .float4 import NVFP4, NormalFloat4
 from .transforms import TRANSFORMS, Transform
 from .twin_log import TwinLog
 
@@ -104,6 +105,11 @@ METHODS: dict[str, Method] = {
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",
     ),
+    "nvfp4": Method(
+        "identity", NVFP4(), {4: "nvfp4"}, "nearest", rank=0,
+        source="NVIDIA's NVFP4: e2m1 values, e4m3 scales per 16 columns, a float32 scale above them",
+    ),
+    "nf4": Method("identity", NormalFloat4(), {}, "nearest", rank=0, source="NF4 weights, QLoRA (arXiv 2305.14314)"),
     "rtn": Method(
         "identity", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=0,
         source="round to nearest, groups of 64 on both sides",

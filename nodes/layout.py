@@ -20,11 +20,12 @@ from comfy_kitchen.tensor import (
 )
 
 from ..dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
+from ..dirotq_core.float4 import NVFP4
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.linear import dense_product, dense_weight
 from ..dirotq_core.rounding import round_nearest
 from ..dirotq_core.transforms import SITE_DTYPES
-from ..kernels import ops, reference, widen
+from ..kernels import ops, quantize_nvfp4, reference, widen
 
 LAYOUT = "DiRotQLayout"
 
@@ -162,7 +163,10 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     z: torch.Tensor | None
     if table is not None:
         codes = widen(codes, plan.format.bits)
-    if table is None:
+    if fmt is not None and fmt.float4 and isinstance(plan.format, NVFP4):
+        v, z = _transform(rows, p, plan)
+        y = how.linear_nvfp4(*quantize_nvfp4(v), z, codes, p.block_scale, p.scale, p.low_rank, bias, x.dtype)
+    elif table is None:
         v, z = _transform(rows, p, plan)
         w = plan.format.values(plan.format.unpack(codes, plan.low_features), p.linear(codes))
         y = dense_product(v if fmt is None else fake_quantize(v, fmt), z, w, p.low_rank, bias)

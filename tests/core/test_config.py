@@ -195,7 +195,7 @@ def test_methods_are_rows_of_known_parts(name):
 
 
 def test_levels_of_a_row_cannot_be_rounded_by_gptq():
-    with pytest.raises(ValueError, match=r"'lrq' has levels of their own.*must be 'nearest'"):
+    with pytest.raises(ValueError, match=r"'lrq' have no one table.*must be 'nearest'"):
         DiRotQConfig(method="lrq", rounding="gptq")
 
 

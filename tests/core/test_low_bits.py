@@ -13,7 +13,7 @@ from dirotq.dirotq_core.inspect import inspect_checkpoint
 from dirotq.dirotq_core.methods import METHODS as ROWS
 from dirotq.dirotq_core.single_file import convert
 
-METHODS = {"orbitquant": 4, "orbitquant_w3": 3, "orbitquant_w2": 2, "lrq": 4, "lrq_w3": 3}
+METHODS = {"orbitquant": 4, "orbitquant_w3": 3, "orbitquant_w2": 2, "lrq": 4, "lrq_w3": 3, "nvfp4": 4, "nf4": 4}
 
 
 def decibels(y, reference):
@@ -23,14 +23,15 @@ def decibels(y, reference):
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("family", ["flux", "pixart"])
 def test_round_trips_are_exact(quantized, run, reload, tmp_path, family, method):
-    model, plans = quantized(family, method=method, activation_bits=4)
+    activation = 4 if ROWS[method].activations else 16
+    model, plans = quantized(family, method=method, activation_bits=activation)
     expected, bits = run(model), METHODS[method]
     for plan in (p for p in plans if p.method):
         for name, n in zip(plan.linears, plan.out_features, strict=True):
             assert quantized_linears(model)[name].weight.shape == (n, plan.in_features * bits // 8)
     model.save_pretrained(tmp_path / "folder")
     assert torch.equal(run(reload(model, tmp_path / "folder")), expected)
-    assert f"W{bits}A4" in {row.scheme for row in inspect_checkpoint(tmp_path / "folder").rows}
+    assert f"W{bits}A{activation}" in {row.scheme for row in inspect_checkpoint(tmp_path / "folder").rows}
     convert(tmp_path / "folder", tmp_path / "file.safetensors")
     convert(tmp_path / "file.safetensors", tmp_path / "back")
     assert torch.equal(run(reload(model, tmp_path / "back")), expected)
@@ -84,6 +85,13 @@ def test_what_is_no_permutation_is_refused(wrong):
     check_values("a.input_site.permutation", torch.tensor([2, 0, 1], dtype=torch.int32))
     with pytest.raises(CheckpointError, match=r"a\.input_site\.permutation.*not a permutation of 0 to 2"):
         check_values("a.input_site.permutation", torch.tensor(wrong, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("wrong", [0x7F, 0x80, 0xFF])
+def test_block_scales_are_finite_and_not_negative(wrong):
+    check_values("a.block_scale", torch.tensor([[0, 0x7E]], dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match=r"a\.block_scale.*negative or NaN in float8 e4m3"):
+        check_values("a.block_scale", torch.tensor([[0, wrong]], dtype=torch.uint8))
 
 
 def test_the_slower_path_says_so_once(caplog):

@@ -30,6 +30,7 @@ def samples():
     codes, scale, z = kernels.rotate_quantize(*case.arguments, "int4")
     table = list(kernels.CODEBOOK16)
     rest = (w.weight, w.row_scale, w.low_rank, w.bias, table)
+    nvfp4 = [kernels.quantize_nvfp4(torch.randn(rows, 192)) for rows in (5, 33)]
     z_leaf = z.clone().requires_grad_()
     return {
         "rotate_quantize": (*case.arguments, "codebook"),
@@ -41,6 +42,8 @@ def samples():
         "linear_a16, bare": (x, None, w.weight, w.row_scale[:, None], None, None, table),
         "linear": (x, *single.arguments[1:], "int4", *rest),
         "linear, bare": (x, None, None, 1, "int8", w.weight, w.row_scale, None, None, table),
+        "linear_nvfp4": (*nvfp4[0], z, *nvfp4[1], w.low_rank, w.bias, torch.bfloat16),
+        "linear_nvfp4, bare": (*nvfp4[0], None, *nvfp4[1], None, None, torch.float32),
         "dequantize": (w.weight, w.group_scale, table, torch.bfloat16),
     }
 
@@ -228,7 +231,7 @@ def test_two_copies_share_the_ops(tmp_path):
 
 def test_a_copy_of_another_version_is_refused(tmp_path):
     ops = copy_of_kernels(tmp_path) / "kernels" / "ops.py"
-    ops.write_text(ops.read_text().replace("API_VERSION = 2\n", "API_VERSION = 3\n"))
+    ops.write_text(ops.read_text().replace("API_VERSION = 3\n", "API_VERSION = 4\n"))
     code = "import dirotq.kernels\ntry:\n    import cloned.kernels\nexcept ImportError as error:\n    print(error)"
     said = run_python(code, cwd=tmp_path)
-    assert "API version 3" in said and "version 2" in said and str(ops) in said
+    assert "API version 4" in said and "version 3" in said and str(ops) in said

@@ -280,6 +280,23 @@ def test_compiled_without_graph_breaks(mode):
     cases.assert_close(compiled(case.x), block(case.x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "k", "n", "device"), shapes())
+def test_linear_nvfp4(m, k, n, device, dtype):
+    """On Blackwell with its own instruction, elsewhere with values decoded to bfloat16: the same exact products."""
+    generator = torch.Generator().manual_seed(m)
+    a = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, k)
+    a[m // 2] = 0
+    w = torch.randn(n, k, generator=generator)
+    w[0, :16] = 0
+    a, w = (kernels.quantize_nvfp4(t.to(device)) for t in (a, w))
+    rest = cases.weights(n, k, 8, device=device)
+    z = torch.randn(m, 8, generator=generator).bfloat16().to(device)
+    for z_or_none, low_rank, bias in ((z, rest.low_rank, rest.bias), (None, None, None)):
+        arguments = (*a, z_or_none, *w, low_rank, bias, dtype)
+        cases.assert_close(kernels.linear_nvfp4(*arguments), by_reference(kernels.linear_nvfp4, *arguments))
+
+
 @pytest.mark.gpu
 def test_offsets_past_31_bits():
     # M · N = 2.2e9 output elements and M · K codes of the same number of bytes.
