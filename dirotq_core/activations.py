@@ -52,6 +52,11 @@ ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
     "sym_g64_8": ActivationFormat(8, lattice=False, symmetric=True),
     **{f"asym_token_{bits}": ActivationFormat(bits, lattice=False, grouped=False) for bits in (4, 6, 8)},
     "nvfp4": ActivationFormat(4, lattice=False, symmetric=True, float4=True),
+    # Uniform and symmetric without zero: odd integers, at the step that distorts a Gaussian least (Max 1960).
+    **{
+        f"uniform_{bits}": ActivationFormat(bits, lattice=True, table=symmetric(*range(1, 2**bits, 2)), rms=2 / step)
+        for bits, step in ((1, 1.5958), (2, 0.9957), (3, 0.5860), (4, 0.3352))
+    },
     # Lloyd-Max on a Gaussian, rounded to integers at the rms where that costs least: 0.005 and 0.12 dB.
     "lloyd3": ActivationFormat(3, lattice=True, table=symmetric(6, 18, 32, 52), rms=24.08),
     "lloyd6": ActivationFormat(

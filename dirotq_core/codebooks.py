@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, unpack_bits, unpack_int4
+from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, unpack_bits, unpack_int4, widen
 
 GROUP_SIZE = 64
 #: Candidate factors on the initial scale, tried in `WeightFormat.search_scales`.
@@ -57,6 +57,11 @@ class PackedFormat(ABC):
         """b, the width of a stored code."""
 
     @property
+    def label(self) -> str:
+        """b as a scheme like W4A4 names it."""
+        return str(self.bits)
+
+    @property
     def table16(self) -> list[int] | None:
         """16 integers by 4-bit code, as the ops want them; None where no op multiplies the format."""
         return None
@@ -91,6 +96,10 @@ class PackedFormat(ABC):
     def packed_columns(self, in_features: int) -> int:
         """Bytes of a row of `in_features` codes."""
         return in_features * self.bits // 8
+
+    def widened(self, packed: torch.Tensor, in_features: int) -> torch.Tensor:
+        """The codes in the ops' layout, uint8 [N, K/2]."""
+        return widen(packed, self.bits)
 
 
 @dataclass(frozen=True)

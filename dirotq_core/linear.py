@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels import ops, quantize_nvfp4, widen
+from ..kernels import ops, quantize_nvfp4
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from .float4 import NVFP4
 from .layout import SitePlan, Spec
@@ -254,7 +254,7 @@ class DiRotQLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank is None else self.low_rank.shape[1]
-        kind = f"W{self.plan.format.bits}A{self.activation_bits}"
+        kind = f"W{self.format.label}A{self.activation_bits}"
         return f"{self.in_features}, {self.out_features}, {kind}, rank={rank}, bias={self.bias is not None}"
 
     @property
@@ -269,8 +269,10 @@ class DiRotQLinear(nn.Linear):
         """The weight in the ops' layout, uint8 [N, K'/2]: itself at 4 bits, else widened for the moment."""
         if self.bits == 4:
             return self.weight
-        _say_slower(self.weight.device.type, f"{self.bits}-bit weights are widened to 4 bits before every product")
-        return widen(self.weight, self.bits)
+        _say_slower(
+            self.weight.device.type, f"{self.format.label}-bit weights are widened to 4 bits before every product"
+        )
+        return self.format.widened(self.weight, self.low_features)
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from .activations import ACTIVATION_FORMATS
 from .adaptive import ADAPTIVE_ROTATION
 from .codebooks import PackedFormat, WeightFormat, weight_format
 from .float4 import NVFP4, NormalFloat4
+from .ternary import SVD_BRANCH, Ternary
 from .transforms import TRANSFORMS, Transform
 from .twin_log import TwinLog
 
@@ -105,6 +106,10 @@ METHODS: dict[str, Method] = {
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",
     ),
+    "robuq": Method(
+        SVD_BRANCH, Ternary(), {b: f"uniform_{b}" for b in (1, 2, 3, 4)}, "nearest", rank=16,
+        source="RobuQ, arXiv 2509.23582: ternary weights and a 16-bit branch, trained (benchmarks/robuq.py)",
+    ),
     "nvfp4": Method(
         "identity", NVFP4(), {4: "nvfp4"}, "nearest", rank=0,
         source="NVIDIA's NVFP4: e2m1 values, e4m3 scales per 16 columns, a float32 scale above them",
@@ -128,7 +133,8 @@ def check_activation(name: str, method_name: str) -> None:
     """Raise ValueError unless there is an activation format `name` and it can run under the method."""
     if not isinstance(name, str) or name not in ACTIVATION_FORMATS:
         raise ValueError(f"unknown activation_format {name!r}; known: {', '.join(ACTIVATION_FORMATS)}")
-    if ACTIVATION_FORMATS[name].lattice and not method(method_name).fused:
+    fmt, row = ACTIVATION_FORMATS[name], method(method_name)
+    if not (row.fused if fmt.op_mode else row.weights.lattice or not fmt.lattice):
         raise ValueError(
             f"activation_format {name!r} needs one weight scale per row and a Hadamard transform; "
             f"method {method_name!r} has neither or only one of them"

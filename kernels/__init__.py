@@ -17,7 +17,7 @@ from .lattice import (
     pack_int4,
     unpack_int4,
 )
-from .narrow import pack_bits, unpack_bits, widen
+from .narrow import TRITS, pack_bits, pack_trits, unpack_bits, unpack_trits, widen, widen_trits
 from .ops import (
     API_VERSION,
     dequantize,
@@ -40,6 +40,7 @@ __all__ = [
     "MAGNITUDES",
     "MIDPOINTS",
     "NAN_BITS",
+    "TRITS",
     "block_hadamard",
     "decode",
     "decode_e2m1",
@@ -55,11 +56,14 @@ __all__ = [
     "nvfp4_scale",
     "pack_bits",
     "pack_int4",
+    "pack_trits",
     "quantize_nvfp4",
     "rotate",
     "rotate_quantize",
     "round_columns",
     "unpack_bits",
     "unpack_int4",
+    "unpack_trits",
     "widen",
+    "widen_trits",
 ]

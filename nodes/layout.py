@@ -25,7 +25,7 @@ from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.linear import dense_product, dense_weight
 from ..dirotq_core.rounding import round_nearest
 from ..dirotq_core.transforms import SITE_DTYPES
-from ..kernels import ops, quantize_nvfp4, reference, widen
+from ..kernels import ops, quantize_nvfp4, reference
 
 LAYOUT = "DiRotQLayout"
 
@@ -162,7 +162,7 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     fmt = None if p.activation is None else ACTIVATION_FORMATS[p.activation]
     z: torch.Tensor | None
     if table is not None:
-        codes = widen(codes, plan.format.bits)
+        codes = plan.format.widened(codes, plan.low_features)
     if fmt is not None and fmt.float4 and isinstance(plan.format, NVFP4):
         v, z = _transform(rows, p, plan)
         y = how.linear_nvfp4(*quantize_nvfp4(v), z, codes, p.block_scale, p.scale, p.low_rank, bias, x.dtype)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from dirotq import DiRotQConfig
 from dirotq.dirotq_core.activations import ACTIVATION_FORMATS
 from dirotq.dirotq_core.adaptive import ADAPTIVE_ROTATION
-from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS
+from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS, PackedFormat
 from dirotq.dirotq_core.config import FORMAT_VERSION, MAX_JSON, UnsupportedFormatError
 from dirotq.dirotq_core.methods import METHODS, check_activation
+from dirotq.dirotq_core.ternary import SVD_BRANCH
 from dirotq.dirotq_core.transforms import TRANSFORMS, aligned_rank
 
 # arguments, what the message must contain
@@ -181,8 +182,8 @@ def test_data_free_zero_width_is_fine():
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_methods_are_rows_of_known_parts(name):
     row = METHODS[name]
-    assert row.input_transform in TRANSFORMS.values() or row.transform is ADAPTIVE_ROTATION
-    assert row.weight_format in WEIGHT_FORMATS or not row.gptq
+    assert row.input_transform in (*TRANSFORMS.values(), ADAPTIVE_ROTATION, SVD_BRANCH)
+    assert row.weight_format in WEIGHT_FORMATS or isinstance(row.weight_format, PackedFormat)
     assert not row.activations or 4 in row.activations
     assert row.modulation_format in WEIGHT_FORMATS
     assert row.source

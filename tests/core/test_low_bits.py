@@ -1,6 +1,7 @@
 """Methods with weights of 2 and 3 bits, activations of 3 and 6, and a permutation, in whole models."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from dirotq.dirotq_core.inspect import inspect_checkpoint
 from dirotq.dirotq_core.methods import METHODS as ROWS
 from dirotq.dirotq_core.single_file import convert
 
-METHODS = {"orbitquant": 4, "orbitquant_w3": 3, "orbitquant_w2": 2, "lrq": 4, "lrq_w3": 3, "nvfp4": 4, "nf4": 4}
+METHODS = {
+    "orbitquant": 4,
+    "orbitquant_w3": 3,
+    "orbitquant_w2": 2,
+    "lrq": 4,
+    "lrq_w3": 3,
+    "nvfp4": 4,
+    "nf4": 4,
+    "robuq": 1.6,
+}
 
 
 def decibels(y, reference):
@@ -28,10 +38,12 @@ def test_round_trips_are_exact(quantized, run, reload, tmp_path, family, method)
     expected, bits = run(model), METHODS[method]
     for plan in (p for p in plans if p.method):
         for name, n in zip(plan.linears, plan.out_features, strict=True):
-            assert quantized_linears(model)[name].weight.shape == (n, plan.in_features * bits // 8)
+            assert quantized_linears(model)[name].weight.shape == (n, math.ceil(plan.in_features * bits / 8))
     model.save_pretrained(tmp_path / "folder")
     assert torch.equal(run(reload(model, tmp_path / "folder")), expected)
-    assert f"W{bits}A{activation}" in {row.scheme for row in inspect_checkpoint(tmp_path / "folder").rows}
+    assert f"W{ROWS[method].weights.label}A{activation}" in {
+        row.scheme for row in inspect_checkpoint(tmp_path / "folder").rows
+    }
     convert(tmp_path / "folder", tmp_path / "file.safetensors")
     convert(tmp_path / "file.safetensors", tmp_path / "back")
     assert torch.equal(run(reload(model, tmp_path / "back")), expected)
@@ -54,6 +66,37 @@ def test_more_bits_are_closer(quantized, tiny, run):
     for activation in (3, 4, 6, 8, 16):
         assert quality[2, activation] < quality[3, activation] < quality[4, activation]
     assert quality[4, 3] < quality[4, 4] < quality[4, 6] < quality[4, 16]
+
+
+def test_every_site_has_bits_of_its_own(quantized, run, reload, tmp_path):
+    """They come from the file, and `set_activation_bits` makes them equal again."""
+    uniform, plans = quantized("pixart", method="robuq", activation_bits=4)
+    sites = [p for p in plans if p.quantize_input]
+    digits = "".join(str(1 + i % 4) for i in range(len(sites)))
+    model, _ = quantized("pixart", method="robuq", activation_bits=4, site_activation_bits=digits)
+    expected = run(model)
+    assert not torch.equal(expected, run(uniform))
+    model.save_pretrained(tmp_path / "folder")
+    again = reload(model, tmp_path / "folder")
+    assert [quantized_linears(again)[p.owner].activation_bits for p in sites] == [int(d) for d in digits]
+    assert torch.equal(run(again), expected)
+    schemes = {r.name: r.scheme for r in inspect_checkpoint(tmp_path / "folder").rows}
+    assert [schemes[p.owner] for p in sites] == [f"W1.58A{d}" for d in digits]
+    convert(tmp_path / "folder", tmp_path / "file.safetensors")
+    assert {r.scheme for r in inspect_checkpoint(tmp_path / "file.safetensors").rows} >= {"W1.58A1", "W1.58A3"}
+    convert(tmp_path / "file.safetensors", tmp_path / "back")
+    assert torch.equal(run(reload(model, tmp_path / "back")), expected)
+    dirotq.set_activation_bits(model, 4)
+    assert torch.equal(run(model), run(uniform))
+    assert model.hf_quantizer.quantization_config.site_activation_bits is None
+
+
+def test_bits_of_sites_must_fit_the_model(quantized):
+    with pytest.raises(ValueError, match=r"site_activation_bits has 2 digits; the model has \d+ sites"):
+        quantized("pixart", method="robuq", site_activation_bits="34")
+    for digits in ("5", "3x", "", 34):
+        with pytest.raises(ValueError, match=r"site_activation_bits must be digits out of \(1, 2, 3, 4\).*got"):
+            dirotq.DiRotQConfig(method="robuq", site_activation_bits=digits)
 
 
 def test_bits_that_a_method_has_no_format_for(quantized):
