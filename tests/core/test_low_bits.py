@@ -163,8 +163,9 @@ def test_one_graph_in_every_dtype(quantized, method, activation, dtype):
     assert y.dtype == dtype and torch.equal(compiled, y)
 
 
-def test_a_model_partly_on_disk(quantized, run, tmp_path):
-    model, _ = quantized("pixart", method="orbitquant_w3", activation_bits=4)
+@pytest.mark.parametrize("method", ["orbitquant_w3", "lrq", "nvfp4"])
+def test_a_model_partly_on_disk(quantized, run, tmp_path, method):
+    model, _ = quantized("pixart", method=method, activation_bits=4)
     model.save_pretrained(tmp_path / "model")
     parts = {name: "cpu" for name, _ in model.named_children()} | {"scale_shift_table": "cpu"}
     again = type(model).from_pretrained(
