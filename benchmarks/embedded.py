@@ -164,6 +164,7 @@ def bars(rows: list[dict], path: Path, colour: Any) -> None:
             note = "" if r["sqnr"] is None else f"  (SQNR {r['sqnr']:.1f})"
             ax.text(r["psnr"] + 0.2, i, f"{r['psnr']:.1f}{note}", va="center", fontsize=8)
         ax.set_xlim(0, max(r["psnr"] for r in mine) * 1.25)
+        ax.margins(y=0.01)
         ax.set_title(name)
         ax.set_xlabel("image PSNR against bf16, dB")
     figure.tight_layout()

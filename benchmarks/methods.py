@@ -37,6 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "orbitquant W4A6": {"method": "orbitquant", "activation_bits": 6},
     "orbitquant W3A3": {"method": "orbitquant_w3", "activation_bits": 3},
     "orbitquant W2A4": {"method": "orbitquant_w2", "activation_bits": 4},
+    "orbitquant W2A4, GPTQ": {"method": "orbitquant_w2", "activation_bits": 4, "rounding": "gptq"},
     **{f"lrq W4A{b}": {"method": "lrq", "activation_bits": b} for b in (4, 6, 8)},
     **{f"lrq W3A{b}": {"method": "lrq_w3", "activation_bits": b} for b in (4, 6, 8)},
     "hadamard W4A4": {"method": "hadamard", "activation_bits": 4},

@@ -3,9 +3,10 @@
     python benchmarks/robuq.py --out /tmp/robuq
 
 From the embedded weights: their linears become ternary with a 16-bit branch of rank 16 and learn, straight through,
-from the data the models were trained on. The W1.58A4 model tells how much each site's activation bits matter; bits are
-allocated under an average budget, and training goes on with them. Writes OUT/<model>-a4, -a3 and -a2: pipelines with a
-quantized transformer that `from_pretrained` loads, which `benchmarks/methods.py --robuq OUT` draws with.
+what the 16-bit model predicts on its training data (`--data`: from the data itself, as that model did). The W1.58A4
+model tells how much each site's activation bits matter; bits are allocated under an average budget, and training goes
+on with them. Writes OUT/<model>-a4, -a3 and -a2: pipelines with a quantized transformer that `from_pretrained` loads,
+which `benchmarks/methods.py --robuq OUT` draws with.
 """
 
 from __future__ import annotations
@@ -81,12 +82,17 @@ def train_model(name: str, images: torch.Tensor, captions: list[str], args: argp
     latents = train.train_autoencoder(pipe.vae, images, 0, train.VAE_BATCH)
     config = dirotq.DiRotQConfig(method="robuq", activation_bits=4).resolved(calibrated=True)
     plans = plan_sites(pipe.transformer, config)
+    teacher = None if args.data else copy.deepcopy(pipe.transformer).requires_grad_(False)
     sites = insert(pipe.transformer, plans, config)
     pipe.transformer.train().requires_grad_(True)
 
     def fit(steps: int) -> float:
         start = time.perf_counter()
-        TRAINERS[name](pipe, latents, captions, steps, args.batch, args.lr, lambda: None)
+        if args.compile:
+            torch._dynamo.reset()  # what was compiled for other bits
+            pipe.transformer.compile()
+        TRAINERS[name](pipe, latents, captions, steps, args.batch, args.lr, lambda: None, teacher)
+        pipe.transformer._compiled_call_impl = None  # what follows changes bits all the time
         return time.perf_counter() - start
 
     report: dict[str, Any] = {"a4": {"steps": args.steps, "seconds": fit(args.steps)}}
@@ -125,6 +131,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=30_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--data", action="store_true", help="learn from the data instead of the 16-bit model")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model while it is trained")
     parser.add_argument("--sensitivity-prompts", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
