@@ -26,6 +26,7 @@ W4A4 = "W4A4"
 ROWS: dict[str, dict[str, Any]] = {
     "dirotq r=64 W4A4": {"rank": 64, "activation_bits": 4},
     "dirotq r=32 W4A4": {"rank": 32, "activation_bits": 4},
+    "dirotq r=4 W4A4": {"rank": 4, "activation_bits": 4},
     "dirotq r=0 W4A4": {"rank": 0, "activation_bits": 4},
     "dirotq K/8 W4A4": {"high_fraction": 0.125, "activation_bits": 4},
     "dirotq r=64 W4A8": {"rank": 64, "activation_bits": 8},

@@ -297,6 +297,30 @@ def test_linear_nvfp4(m, k, n, device, dtype):
         cases.assert_close(kernels.linear_nvfp4(*arguments), by_reference(kernels.linear_nvfp4, *arguments))
 
 
+def e4m3_scales(handle, _compute_type):
+    """What the interpreter lacks: it takes every block scale for a power of two."""
+    return torch.from_numpy(handle.data.copy()).view(torch.float8_e4m3fn).float().numpy()
+
+
+if SMALL:
+
+    @pytest.mark.parametrize(("m", "k", "n"), [(7, 192, 65), (77, 256, 33)])
+    def test_dot_scaled_on_a_cpu(monkeypatch, m, k, n):
+        """The branch for FP4 units: operands, their packing and the layout of their scales."""
+        from triton.runtime import interpreter
+
+        from dirotq.kernels import triton_fp4
+
+        if not hasattr(interpreter, "_dot_scaled_scale_to_f32"):
+            pytest.skip("this Triton interprets dot_scaled in another way")
+        monkeypatch.setattr(interpreter, "_dot_scaled_scale_to_f32", e4m3_scales)
+        monkeypatch.setattr(triton_fp4, "has_native", lambda *_: True)
+        generator = torch.Generator().manual_seed(m)
+        a, w = (kernels.quantize_nvfp4(torch.randn(rows, k, generator=generator)) for rows in (m, n))
+        arguments = (*a, None, *w, None, None, torch.float32)
+        cases.assert_close(kernels.linear_nvfp4(*arguments), by_reference(kernels.linear_nvfp4, *arguments))
+
+
 @pytest.mark.gpu
 def test_offsets_past_31_bits():
     # M · N = 2.2e9 output elements and M · K codes of the same number of bytes.
