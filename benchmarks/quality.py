@@ -11,24 +11,13 @@ Writes OUT.json and OUT.png and prints the table.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import platform
-import time
 from pathlib import Path
 
-import diffusers
-import numpy as np
 import torch
+from embedded import Bench, bars, environment
 
-import dirotq
-from dirotq.dirotq_core.build import quantized_linears
-from dirotq.dirotq_core.calibrate import Calibration
-from dirotq.dirotq_core.demo.checker import check
-from dirotq.dirotq_core.demo.embedded import MODELS, load_pipeline, prompts
-from dirotq.dirotq_core.layout import plan_sites
-from dirotq.dirotq_core.metrics import psnr, ssim
-from dirotq.dirotq_core.quantize import install_all, solve_all
+from dirotq.dirotq_core.demo.embedded import MODELS
 
 WIDTH = {"high_fraction": 0.125}
 #: Label → configuration. "K/8" rows have equal 16-bit width.
@@ -65,63 +54,14 @@ def configurations() -> dict[str, dict]:
     return rows
 
 
-def draw(pipeline, scenes, call, batch: int) -> list[np.ndarray]:
-    images = []
-    for start in range(0, len(scenes), batch):
-        part = scenes[start : start + batch]
-        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))]
-        images += [*pipeline([s.caption() for s in part], generator=generators, output_type="np", **call).images]
-    return [(i * 255).round().astype(np.uint8) for i in images]
-
-
 def evaluate(name: str, args: argparse.Namespace) -> list[dict]:
-    model = MODELS[name]
-    pipeline = load_pipeline(name, torch_dtype=torch.bfloat16).to(args.device)
-    dense = pipeline.transformer
-    scenes = prompts(args.prompts, seed=2)
-    reference = draw(pipeline, scenes, model.call, args.batch)
-    accuracy = float(np.mean([check(i, s).ok for i, s in zip(reference, scenes, strict=True)]))
-    parameters = sum(p.numel() for p in dense.parameters())
-    rows = [{"model": name, "method": "bf16", "accuracy": accuracy, "bytes": parameters * 2, "bits": 16.0}]
-    print(f"{name}: bf16 scene accuracy {accuracy:.1%}", flush=True)
-
-    plans = plan_sites(dense, dirotq.DiRotQConfig().resolved(calibrated=True))
-    calibration = Calibration(dense, plans)
-    captions = [s.caption() for s in prompts(args.calibration, seed=1, held_out=False)]
-    calibration.run(pipeline, captions, model.call, 0, progress=True)
+    bench = Bench(name, args.device, args.prompts, args.calibration, args.batch)
+    rows = [bench.dense_row()]
     for label, options in configurations().items():
-        if args.only and args.only not in label:
-            continue
-        start = time.perf_counter()
-        config = dirotq.DiRotQConfig(**options).resolved(calibrated=True)
-        model_plans = plan_sites(dense, config)
-        report, solved = solve_all(dense, model_plans, config, calibration, progress=False)
-        quantized = copy.deepcopy(dense)
-        install_all(quantized, model_plans, config, solved)
-        w4a4 = {p for plan in model_plans if plan.quantize_input for p in plan.linears}
-        sqnr = float(np.median([r.output_db for r in report.linears if r.name in w4a4]))
-        pipeline.transformer = quantized
-        images = draw(pipeline, scenes, model.call, args.batch)
-        pipeline.transformer = dense
-        size = sum(p.numel() * p.element_size() for p in quantized.parameters())
-        inside = sum(_bytes(m) for m in quantized_linears(quantized).values() if m.plan.quantize_input)
-        weights = sum(
-            m.in_features * m.out_features for m in quantized_linears(quantized).values() if m.plan.quantize_input
-        )
-        rows.append({
-            "model": name, "method": label, "config": options, "sqnr": sqnr,
-            "psnr": float(np.mean([min(psnr(a, b), 100.0) for a, b in zip(images, reference, strict=True)])),
-            "ssim": float(np.mean([ssim(a, b) for a, b in zip(images, reference, strict=True)])),
-            "accuracy": float(np.mean([check(i, s).ok for i, s in zip(images, scenes, strict=True)])),
-            "bytes": size, "bits": 8 * size / parameters, "w4a4_bits": 8 * inside / weights,
-            "seconds": time.perf_counter() - start,
-        })  # fmt: skip
-        print(format_row(rows[-1]), flush=True)
+        if not args.only or args.only in label:
+            rows.append(bench.quantized_row(label, options))
+            print(format_row(rows[-1]), flush=True)
     return rows
-
-
-def _bytes(linear) -> int:
-    return sum(p.numel() * p.element_size() for n, p in linear.named_parameters() if n != "bias")
 
 
 def format_row(r: dict) -> str:
@@ -129,31 +69,12 @@ def format_row(r: dict) -> str:
         return f"{r['model']:<18} {'bf16':<34} {'':>6} {'':>6} {'':>6} {r['accuracy']:>7.1%} {r['bits']:>6.2f}"
     return (
         f"{r['model']:<18} {r['method']:<34} {r['sqnr']:>6.1f} {r['psnr']:>6.2f} {r['ssim']:>6.3f} "
-        f"{r['accuracy']:>7.1%} {r['bits']:>6.2f} {r['w4a4_bits']:>6.2f}"
+        f"{r['accuracy']:>7.1%} {r['bits']:>6.2f} {r['linear_bits']:>6.2f}"
     )
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(r["model"] for r in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(7.5 * len(names), 7), squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        mine = [r for r in rows if r["model"] == name and "psnr" in r][::-1]
-        colours = [
-            "#2a7fb8" if "dirotq" in r["method"] else "#b8862a" if "paper" in r["method"] else "#999" for r in mine
-        ]
-        ax.barh([r["method"] for r in mine], [r["psnr"] for r in mine], color=colours)
-        for i, r in enumerate(mine):
-            ax.text(r["psnr"] + 0.2, i, f"{r['psnr']:.1f}  (SQNR {r['sqnr']:.1f})", va="center", fontsize=8)
-        ax.set_xlim(0, max(r["psnr"] for r in mine) * 1.25)
-        ax.set_title(name)
-        ax.set_xlabel("image PSNR against bf16, dB")
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+def colour(label: str) -> str:
+    return "#2a7fb8" if "dirotq" in label else "#b8862a" if "paper" in label else "#999"
 
 
 def main() -> None:
@@ -169,18 +90,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.join:
         parts = [json.loads(path.read_text()) for path in args.join]
-        rows, environment = [row for part in parts for row in part["rows"]], parts[0]["environment"]
+        rows, about = [row for part in parts for row in part["rows"]], parts[0]["environment"]
     else:
         rows = [row for name in args.models for row in evaluate(name, args)]
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
-        versions = {m.__name__: m.__version__ for m in (torch, diffusers, np)}
-        sizes = {"prompts": args.prompts, "calibration": args.calibration}
-        environment = {"device": device, **versions, **sizes}
+        about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
     header = f"{'model':<18} {'method':<34} {'SQNR':>6} {'PSNR':>6} {'SSIM':>6} {'scenes':>7} {'bits':>6} {'linear':>6}"
     print("\n" + "\n".join([header, *map(format_row, rows)]))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    plot(rows, args.out.with_suffix(".png"))
+    args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    bars(rows, args.out.with_suffix(".png"), colour)
 
 
 if __name__ == "__main__":

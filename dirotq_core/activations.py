@@ -2,8 +2,8 @@
 
 The lattice formats are integers in int8 with one scale per token, and the kernels multiply them exactly; most are also
 computed by a fused kernel, those with a table of their own in PyTorch. The others carry a floating-point scale per
-token and 64 columns, as most papers do: they are quantized and dequantized in PyTorch and multiplied in 16 bit, which
-is slower and no less exact.
+token, or per token and 64 columns, as most papers do: they are quantized and dequantized in PyTorch and multiplied in
+16 bit, which is slower and no less exact.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels import dequantize_nvfp4, quantize_nvfp4
 from .codebooks import GROUP_SIZE, nearest_entry, symmetric
 
 
@@ -21,7 +22,8 @@ class ActivationFormat:
 
     Attributes:
         lattice: int8 values with one scale per token; the rest go through `fake_quantize`.
-        symmetric: of the rest, those without an offset.
+        symmetric: of the rest, those without an offset. grouped: those with a scale per 64 columns.
+        float4: NVFP4, with the float32 scale of each token instead of a tensor.
         table: the 2ᵇ int8 values of a lattice format that is no mode of the op `rotate_quantize`.
         rms: that table's units per root mean square of a token.
     """
@@ -31,6 +33,8 @@ class ActivationFormat:
     symmetric: bool = False
     table: tuple[int, ...] = ()
     rms: float = 0.0
+    grouped: bool = True
+    float4: bool = False
 
     @property
     def op_mode(self) -> bool:
@@ -46,6 +50,13 @@ ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
     "asym_g64_8": ActivationFormat(8, lattice=False),
     "sym_g64": ActivationFormat(4, lattice=False, symmetric=True),
     "sym_g64_8": ActivationFormat(8, lattice=False, symmetric=True),
+    **{f"asym_token_{bits}": ActivationFormat(bits, lattice=False, grouped=False) for bits in (4, 6, 8)},
+    "nvfp4": ActivationFormat(4, lattice=False, symmetric=True, float4=True),
+    # Uniform and symmetric without zero: odd integers, at the step that distorts a Gaussian least (Max 1960).
+    **{
+        f"uniform_{bits}": ActivationFormat(bits, lattice=True, table=symmetric(*range(1, 2**bits, 2)), rms=2 / step)
+        for bits, step in ((1, 1.5958), (2, 0.9957), (3, 0.5860), (4, 0.3352))
+    },
     # Lloyd-Max on a Gaussian, rounded to integers at the rms where that costs least: 0.005 and 0.12 dB.
     "lloyd3": ActivationFormat(3, lattice=True, table=symmetric(6, 18, 32, 52), rms=24.08),
     "lloyd6": ActivationFormat(
@@ -67,15 +78,20 @@ def quantize_to_table(v: torch.Tensor, fmt: ActivationFormat) -> tuple[torch.Ten
 
 
 def fake_quantize(v: torch.Tensor, fmt: ActivationFormat, shift: torch.Tensor | None = None) -> torch.Tensor:
-    """v [M, K] rounded to `fmt` per token and 64 columns, in v's dtype; gradients pass straight through.
+    """v [M, K] rounded to `fmt` per token, or per token and 64 columns, in v's dtype; gradients pass straight through.
 
     Asymmetric: step (max − min)/(2ᵇ − 1) from min (DiRotQ, per-group min/max). Symmetric: step max|v|/(2ᵇ⁻¹ − 1).
+    NVFP4: see `quantize_nvfp4`.
 
     Args:
         shift: c [K], for symmetric formats: groups of columns where it is positive are rounded as v + c to codes
             without a sign, step max|v + c|/(2ᵇ − 1), and c is taken off again (SVDQuant, for inputs behind GELU).
     """
-    groups = v.detach().float().unflatten(-1, (-1, GROUP_SIZE))
+    if fmt.float4:
+        codes, blocks, scale = quantize_nvfp4(v.detach().reshape(-1, v.shape[-1]))
+        rounded = (dequantize_nvfp4(codes, blocks) * scale[:, None]).reshape(v.shape).to(v.dtype)
+        return v + (rounded - v).detach() if v.requires_grad else rounded
+    groups = v.detach().float().unflatten(-1, (-1, GROUP_SIZE if fmt.grouped else v.shape[-1]))
     if fmt.symmetric:
         top = 2 ** (fmt.bits - 1) - 1
         step = groups.abs().amax(-1, keepdim=True) / top

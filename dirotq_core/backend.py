@@ -30,6 +30,7 @@ from .files import check_files, check_headers, read_headers
 from .hub import teach_pushing
 from .layout import SitePlan, linear_at, plan_sites
 from .linear import DiRotQLinear, InputSite
+from .methods import method
 from .peft_habits import forget_merging, teach_peft
 from .report import QuantizationReport
 from .solve import solve_site
@@ -304,7 +305,9 @@ def _hint_at_eight_bits() -> None:
 
 
 def _multiplies_four_bit_lattice(model: nn.Module) -> bool:
-    sites = (m.site for m in quantized_linears(model).values())
+    """Whether 8-bit activations would cost no more: the method has them, and its 4-bit ones are integers."""
+    linears = quantized_linears(model).values()
+    sites = (m.site for m in linears if m.plan.method and 8 in method(m.plan.method).activations)
     formats = {ACTIVATION_FORMATS[s.activation] for s in sites if s.activation is not None}
     return any(f.lattice and f.bits == 4 for f in formats)
 

@@ -17,7 +17,7 @@ from .solve import SolvedSite
 
 def activation_for(config: DiRotQConfig, plan: SitePlan) -> str | None:
     """The activation format the site starts with; None for weight-only sites."""
-    return config.activation(config.activation_bits or 4) if plan.quantize_input else None
+    return config.activation(plan.bits_of(config)) if plan.quantize_input else None
 
 
 def replace_linears(
@@ -90,7 +90,8 @@ def set_activation_bits(model: Any, bits: int) -> None:
 
     With some methods also 3 or 6 bits.
 
-    A run-time choice on one and the same checkpoint: weights are untouched. Weight-only linears stay at 16.
+    A run-time choice on one and the same checkpoint: weights are untouched. Weight-only linears stay at 16. Sites that
+    had activation bits of their own have the same as all others then.
 
     Raises:
         ValueError: the method has no format of `bits`, or nothing in `model` is quantized.
@@ -105,7 +106,7 @@ def set_activation_bits(model: Any, bits: int) -> None:
     for module in linears.values():
         if module.plan.quantize_input:
             module.site.activation = config.activation(bits)
-    config.activation_bits = bits
+    config.activation_bits, config.site_activation_bits = bits, None
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:

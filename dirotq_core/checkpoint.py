@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..kernels import NAN_BITS
 from .layout import SitePlan, Spec
 
 #: As `Spec`; a dtype of None stands for any floating-point one.
@@ -69,13 +70,15 @@ def check_header(
 def check_values(name: str, tensor: torch.Tensor) -> None:
     """Raise CheckpointError for NaN and infinity in any tensor, and for values its kind cannot have.
 
-    Weight scales are not negative (0 is a row of zeros) and neither are shifts, smoothing factors are positive, signs
-    are +1 or -1, a permutation holds every index once.
+    Weight scales are not negative (0 is a row of zeros) and neither are shifts, block scales are the bits of e4m3 from
+    0 to 448, smoothing factors are positive, signs are +1 or -1, a permutation holds every index once.
     """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise CheckpointError(f"tensor {name!r} holds NaN or infinity")
     if name.endswith(".weight_scale") and (tensor < 0).any():
         raise CheckpointError(f"tensor {name!r} holds a negative scale")
+    if name.endswith(".block_scale") and (tensor >= NAN_BITS).any():
+        raise CheckpointError(f"tensor {name!r} holds a block scale that is negative or NaN in float8 e4m3")
     if name.endswith(".input_site.smooth") and (tensor <= 0).any():
         raise CheckpointError(f"tensor {name!r} holds a smoothing factor that is not positive")
     if name.endswith(".input_site.shift") and (tensor < 0).any():

@@ -35,7 +35,8 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--method",
         default="dirotq",
-        help="dirotq, paper, hadamard, svdquant, rtn or orbitquant[_w3, _w2] (default: %(default)s)",
+        help="dirotq, paper, hadamard, svdquant, rtn, nvfp4, nf4, orbitquant[_w3, _w2] or lrq[_w3] "
+        "(default: %(default)s)",
     )
     group.add_argument("--rank", type=int, help="width of the 16-bit subspace (default: the method's, 64)")
     group.add_argument(
@@ -46,7 +47,7 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--activation-bits",
         type=int,
-        choices=(3, 4, 6, 8, 16),
+        choices=(1, 2, 3, 4, 6, 8, 16),
         help="default of the checkpoint; can be changed at run time",
     )
     group.add_argument("--keep", action="append", metavar="PATTERN", help="modules to leave in 16 bit; can be repeated")

@@ -1,24 +1,110 @@
-"""Weight formats of 2 to 4 bits: a table of 2ᵇ integers and how its scales are laid out.
+"""Weight formats of 2 to 4 bits: codes, what scales them, and how both are stored.
 
-A dequantized weight is ``table[code] * scale``. Tables hold integers that int8 represents exactly (the default
-one also float8 e4m3), so a checkpoint multiplies exactly on 8-bit tensor cores (docs/how-it-works.md).
+A dequantized weight of most is ``table[code] * scale``. Their tables hold integers that int8 represents exactly (the
+default one also float8 e4m3), so a checkpoint multiplies exactly on 8-bit tensor cores (docs/how-it-works.md). Formats
+of another kind are dequantized before a product.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
-from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, unpack_bits, unpack_int4
+from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, unpack_bits, unpack_int4, widen
 
 GROUP_SIZE = 64
+#: Candidate factors on the initial scale, tried in `WeightFormat.search_scales`.
+SCALE_FACTORS = tuple(0.60 + 0.06 * i for i in range(16))
+
+
+#: Tensor of a linear → (shape after the rows, dtype).
+Scales = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
-class WeightFormat:
-    """One weight format.
+class Rounded:
+    """Weights of N rows in some format.
+
+    Attributes:
+        codes: uint8 [N, K]. scale: float32 [N, …], the format's `weight_scale`. block_scale: uint8 [N, …], or None.
+        fallback: why GPTQ was not used or had to be damped more.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    fallback: str | None = None
+    block_scale: torch.Tensor | None = None
+
+    @property
+    def scales(self) -> dict[str, torch.Tensor]:
+        """Scales by the names of `PackedFormat.scales`."""
+        blocks = {} if self.block_scale is None else {"block_scale": self.block_scale}
+        return {"weight_scale": self.scale, **blocks}
+
+
+class PackedFormat(ABC):
+    """Weights as codes of b bits, packed row by row, and scales; rows are independent."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """b, the width of a stored code."""
+
+    @property
+    def label(self) -> str:
+        """b as a scheme like W4A4 names it."""
+        return str(self.bits)
+
+    @property
+    def table16(self) -> list[int] | None:
+        """16 integers by 4-bit code, as the ops want them; None where no op multiplies the format."""
+        return None
+
+    @property
+    def lattice(self) -> bool:
+        """Whether the 8-bit product serves it: integers, and one scale a row."""
+        return False
+
+    @abstractmethod
+    def scales(self, in_features: int) -> Scales:
+        """The tensors that scale rows of `in_features` codes."""
+
+    @abstractmethod
+    def values(
+        self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Ŵ [N, K] of codes uint8 [N, K] and the tensors of `scales`, computed in `dtype`."""
+
+    @abstractmethod
+    def nearest(self, w: torch.Tensor, importance: torch.Tensor | None) -> Rounded:
+        """w [N, K] rounded to nearest; importance h [K] weighs columns where scales are searched, None for alike."""
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [N, K] at their size, uint8 [N, K·b/8]."""
+        return pack_int4(codes) if self.bits == 4 else pack_bits(codes, self.bits)
+
+    def unpack(self, packed: torch.Tensor, in_features: int) -> torch.Tensor:
+        """Codes uint8 [N, K] of `packed`."""
+        return unpack_int4(packed) if self.bits == 4 else unpack_bits(packed, self.bits)
+
+    def packed_columns(self, in_features: int) -> int:
+        """Bytes of a row of `in_features` codes."""
+        return in_features * self.bits // 8
+
+    def widened(self, packed: torch.Tensor, in_features: int) -> torch.Tensor:
+        """The codes in the ops' layout, uint8 [N, K/2]."""
+        return widen(packed, self.bits)
+
+
+@dataclass(frozen=True)
+class WeightFormat(PackedFormat):
+    """A table of integers.
 
     Attributes:
         name: key in `WEIGHT_FORMATS`, stored in checkpoints.
@@ -45,17 +131,53 @@ class WeightFormat:
         """The table as the ops want it, for codes widened to 4 bits; what no code reaches repeats the table."""
         return list(self.table) * (16 // len(self.table))
 
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes [N, K] at their size, uint8 [N, K·b/8]."""
-        return pack_int4(codes) if self.bits == 4 else pack_bits(codes, self.bits)
+    @property
+    def lattice(self) -> bool:
+        return not self.grouped
 
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [N, K] of `packed`."""
-        return unpack_int4(packed) if self.bits == 4 else unpack_bits(packed, self.bits)
+    def scales(self, in_features: int) -> Scales:
+        if self.grouped:  # many: 16 bit
+            return {"weight_scale": ((self.scale_columns(in_features),), torch.bfloat16)}
+        return {"weight_scale": ((), torch.float32)}  # one a row, times an exact integer sum: 32 bit
 
-    def packed_columns(self, in_features: int) -> int:
-        """Bytes of a row of `in_features` codes."""
-        return in_features * self.bits // 8
+    def values(
+        self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        scale = scales["weight_scale"].to(codes.device, dtype).reshape(len(codes), -1)
+        return self.decode(codes, dtype) * self.expand(scale, codes.shape[1])
+
+    def nearest(self, w: torch.Tensor, importance: torch.Tensor | None) -> Rounded:
+        scale = self.search_scales(w, importance)
+        return Rounded(self.encode(_divide(w.float(), self.expand(scale, w.shape[1]))), scale)
+
+    def search_scales(self, w: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+        """Scales [N, G] float32 that minimize Σ_k h_k (w_k − ŵ_k)² per row (and group) over a grid of factors.
+
+        A format whose scales are not searched has those of its rms.
+
+        Args:
+            w: [N, K]. importance: h [K], the second moment's diagonal, or None for equal weights.
+        """
+        n, k = w.shape
+        groups = self.scale_columns(k)
+        w = w.float().reshape(n, groups, -1)
+        h = w.new_ones(1) if importance is None else importance.to(w.device, torch.float32).reshape(1, groups, -1)
+        # Where the calibration says nothing (a dead group) or nothing usable, all columns count alike.
+        said = h.sum(-1, keepdim=True)
+        h = torch.where((said > 0) & torch.isfinite(said), h, 1.0)
+        start = w.square().mean(-1, keepdim=True).sqrt() / self.rms
+        best_scale, best_error = start, torch.full_like(start, torch.inf)
+        for factor in SCALE_FACTORS if self.searched else ():
+            scale = start * factor
+            error = (self.decode(self.encode(_divide(w, scale))) * scale - w).square().mul_(h).sum(-1, keepdim=True)
+            better = error < best_error
+            best_scale, best_error = (
+                torch.where(better, scale, best_scale),
+                torch.where(better, error, best_error),
+            )
+        best_scale = best_scale.squeeze(-1)
+        # Grouped scales are stored in bfloat16; codes must be chosen for the scales that will be used.
+        return best_scale.bfloat16().float() if self.grouped else best_scale
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the nearest table entries to `scaled` (any shape, in table units)."""
@@ -77,6 +199,11 @@ class WeightFormat:
     def expand(self, scale: torch.Tensor, in_features: int) -> torch.Tensor:
         """Scales [N, G] repeated to one per column, [N, in_features]."""
         return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
+
+
+def _divide(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # An all-zero row has scale zero; its codes must still be finite.
+    return torch.where(scale > 0, w / scale, torch.zeros_like(w))
 
 
 @lru_cache(maxsize=32)

@@ -42,9 +42,11 @@ class DiRotQConfig(QuantizationConfigMixin):
 
     Args:
         method: "dirotq" (default), "paper" (as published), or a baseline: "hadamard", "svdquant", "rtn", or
-            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits), "nunchaku" (what imported
-            SVDQuant checkpoints have).
-        activation_bits: 4, 8 or 16; with some methods also 3 or 6. A run-time choice: see `dirotq.set_activation_bits`.
+            another published method: "orbitquant" (with "_w3", "_w2": fewer weight bits), "lrq" ("_w3"), or a
+            floating-point format: "nvfp4", "nf4" (16-bit activations), or "robuq", which is made by training, or
+            "nunchaku" (what imported SVDQuant checkpoints have).
+        activation_bits: 4, 8 or 16; with some methods also 1, 2, 3, 6. A run-time choice: `dirotq.set_activation_bits`.
+        site_activation_bits: a digit for each site with quantized input, in module order, instead of `activation_bits`.
         activation_format: replaces the method's format of as many bits, for example "codebook" (4 bits).
         rank: width r of the 16-bit subspace. Exclusive with `high_fraction`.
         high_fraction: that width as a share of the input width; 0.125 is the paper's.
@@ -63,6 +65,7 @@ class DiRotQConfig(QuantizationConfigMixin):
 
     method: str = "dirotq"
     activation_bits: int | None = None
+    site_activation_bits: str | None = None
     activation_format: str | None = None
     rank: int | None = None
     high_fraction: float | None = None
@@ -89,6 +92,14 @@ class DiRotQConfig(QuantizationConfigMixin):
         if self.activation_format is not None:
             check_activation(self.activation_format, self.method)
         _check_choice("activation_bits", self.activation_bits, self.activation_choices)
+        digits = self.site_activation_bits
+        if digits is not None and not (
+            isinstance(digits, str) and digits and all(d.isdecimal() and int(d) in chosen.activations for d in digits)
+        ):
+            raise ValueError(
+                f"site_activation_bits must be digits out of {tuple(chosen.activations)} for method {self.method!r}, "
+                f"got {digits!r}"
+            )
         if self.rank is not None and self.high_fraction is not None:
             raise ValueError(f"give rank ({self.rank}) or high_fraction ({self.high_fraction}), not both")
         if self.rank is not None:
@@ -108,6 +119,8 @@ class DiRotQConfig(QuantizationConfigMixin):
             )
         _check_choice("basis", self.basis, ("pca", "joint"))
         _check_choice("rounding", self.rounding, ("gptq", "nearest"))
+        if self.rounding == "gptq" and not chosen.gptq:
+            raise ValueError(f"the weights of method {self.method!r} have no one table; rounding must be 'nearest'")
         _check_integer("seed", self.seed, 0, 2**31 - 1)
         if not isinstance(self.quantize_modulation, bool):
             raise ValueError(f"quantize_modulation must be true or false, got {self.quantize_modulation!r}")
@@ -144,7 +157,7 @@ class DiRotQConfig(QuantizationConfigMixin):
         out.rounding = out.rounding or m.rounding
         if out.activation_bits is None:
             chosen = ACTIVATION_FORMATS[out.activation_format].bits if out.activation_format else None
-            out.activation_bits = chosen or (4 if calibrated else 8)
+            out.activation_bits = chosen or m.default_bits(calibrated)
         out.modules_to_not_convert = list(out.modules_to_not_convert or [])
         out.weight_only_modules = list(out.weight_only_modules or [])
         return out

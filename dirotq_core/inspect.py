@@ -170,8 +170,7 @@ def _rows(
     total_out = sum(plan.out_features)
     for name, n in zip(plan.linears, plan.out_features, strict=True):
         own = sum(entries[f"{name}.{k}"].bytes for k in plan.linear_spec(n))
-        bits = config.activation_bits if plan.quantize_input else 16
-        scheme = f"W{plan.format.bits}A{bits}"
+        scheme = plan.scheme(config)
         yield LinearRow(name, n, plan.in_features, scheme, plan.rank, own + site * n / total_out, known.get(name))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
-from .codebooks import WeightFormat, weight_format
+from .codebooks import PackedFormat, weight_format
 from .config import DiRotQConfig
 from .methods import WEIGHT_ONLY_FORMAT, method
 from .patterns import ModulePatterns
@@ -31,6 +31,7 @@ class SitePlan:
         method: name in `METHODS`; None for a modulation layer, which sees no transform.
         seed: of this site's random signs, derived from its name so that it does not depend on the other sites.
         plain_format: weight format where there is no method.
+        activation_bits: of this site, where the configuration gives each its own.
     """
 
     linears: tuple[str, ...]
@@ -41,6 +42,7 @@ class SitePlan:
     method: str | None
     seed: int
     plain_format: str = WEIGHT_ONLY_FORMAT
+    activation_bits: int | None = None
 
     @property
     def owner(self) -> str:
@@ -51,8 +53,16 @@ class SitePlan:
         return method(self.method).input_transform if self.method else None
 
     @property
-    def format(self) -> WeightFormat:
+    def format(self) -> PackedFormat:
         return method(self.method).weights if self.method else weight_format(self.plain_format)
+
+    def bits_of(self, config: DiRotQConfig) -> int:
+        """Activation bits that the site starts with under a resolved `config`."""
+        return (self.activation_bits or config.activation_bits or 4) if self.quantize_input else 16
+
+    def scheme(self, config: DiRotQConfig) -> str:
+        """For example W4A4."""
+        return f"W{self.format.label}A{self.bits_of(config)}"
 
     @property
     def low_features(self) -> int:
@@ -77,11 +87,7 @@ class SitePlan:
         spec: Spec = {"weight": ((out_features, self.format.packed_columns(k)), torch.uint8)}
         if self.rank:
             spec["low_rank"] = ((out_features, self.rank), torch.bfloat16)
-        if self.format.grouped:  # many: 16 bit
-            spec["weight_scale"] = ((out_features, self.format.scale_columns(k)), torch.bfloat16)
-        else:  # one a row, times an exact integer sum: 32 bit
-            spec["weight_scale"] = ((out_features,), torch.float32)
-        return spec
+        return spec | {name: ((out_features, *tail), dtype) for name, (tail, dtype) in self.format.scales(k).items()}
 
 
 def linear_at(model: torch.nn.Module, name: str) -> torch.nn.Linear:
@@ -118,6 +124,7 @@ def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
             plan = _plan(members, linears, config, quantize_input, modulation)
             if plan is not None:
                 plans.append(plan)
+    plans = _with_bits(plans, config.site_activation_bits)
     if not plans:
         raise ValueError(
             f"no linear of {type(model).__name__} is left to quantize: every one is excluded by "
@@ -128,6 +135,20 @@ def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
         widths = ", ".join(f"{r} for {k} columns" for k, r in sorted(clipped))
         logger.warning("rank %d is more than half of some inputs' width; there it is %s", config.rank, widths)
     return plans
+
+
+def _with_bits(plans: list[SitePlan], digits: str | None) -> list[SitePlan]:
+    """The sites with activation bits of their own: one digit for each that quantizes its input, in order."""
+    if digits is None:
+        return plans
+    quantized = sum(p.quantize_input for p in plans)
+    if len(digits) != quantized:
+        raise ValueError(
+            f"site_activation_bits has {len(digits)} digits; the model has {quantized} sites with quantized inputs, "
+            "and each needs one"
+        )
+    left = iter(digits)
+    return [replace(p, activation_bits=int(next(left))) if p.quantize_input else p for p in plans]
 
 
 def _refuse_adapted(model: torch.nn.Module) -> None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels import ops, widen
+from ..kernels import ops, quantize_nvfp4
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
+from .float4 import NVFP4
 from .layout import SitePlan, Spec
 from .transforms import hadamard_block
 
@@ -23,12 +24,13 @@ class SiteOutput(NamedTuple):
 
     a: int8 lattice codes [M, K'], or the 4-bit part in x's dtype where no fused kernel applies.
     scale: float32 [M] of the codes, None with a float `a`. z: bfloat16 [M, r], the 16-bit part; [M, r + q] where
-    LoRAs of q rows in all are absorbed.
+    LoRAs of q rows in all are absorbed. blocks: uint8 [M, K'/16], block scales of NVFP4, whose `a` is uint8 [M, K'/2].
     """
 
     a: torch.Tensor
     scale: torch.Tensor | None
     z: torch.Tensor | None
+    blocks: torch.Tensor | None = None
 
 
 class SiteMemo:
@@ -63,7 +65,7 @@ def _say_slower(kind: str, what: str) -> None:
 @cache
 def _say_once(kind: str, what: str) -> None:
     if kind != "cpu":  # everything is PyTorch there
-        logger.warning("dirotq: %s; this works in plain PyTorch and is slower than 4 bits", what)
+        logger.warning("dirotq: %s; this works in plain PyTorch and is slower than our kernels for 4 bits", what)
 
 
 class InputSite(nn.Module):
@@ -84,6 +86,7 @@ class InputSite(nn.Module):
         # Plain numbers, equal in all blocks: torch.compile guards on what `forward` reads, and the plan holds names,
         # which would make every block a graph of its own.
         self.users, self.rank = len(plan.linears), plan.rank
+        self.float4 = isinstance(plan.format, NVFP4)
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
         self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
@@ -173,6 +176,10 @@ class InputSite(nn.Module):
         if self.activation is None:
             return SiteOutput(v, None, branch)
         fmt = ACTIVATION_FORMATS[self.activation]
+        if fmt.float4 and self.float4 and not (torch.is_grad_enabled() and v.requires_grad):
+            _say_slower(x.device.type, "activations are rounded to NVFP4 by no kernel")
+            codes, blocks, scale = quantize_nvfp4(v)
+            return SiteOutput(codes, scale, branch, blocks)
         if not fmt.lattice:
             return SiteOutput(fake_quantize(v, fmt, self.tensor("shift")), None, branch)
         _say_slower(x.device.type, f"{fmt.bits}-bit activations are rounded by no kernel")
@@ -200,7 +207,7 @@ class InputSite(nn.Module):
 
 
 class DiRotQLinear(nn.Linear):
-    """A linear with packed weights of 2 to 4 bits: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b.
+    """A linear with packed weights of 2 to 4 bits: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b, or z Lᵀ + v̂ Ŵᵀ + b.
 
     A subclass of `nn.Linear`, so that PEFT and diffusers treat it as one. `weight` is uint8 [N, K'·b/8], the
     first column in the lowest bits; `weight_scale`, `low_rank` and `bias` as in `SitePlan.linear_spec`.
@@ -211,6 +218,7 @@ class DiRotQLinear(nn.Linear):
     """
 
     weight_scale: torch.Tensor
+    block_scale: torch.Tensor
     low_rank: torch.Tensor | None
 
     def __init__(
@@ -220,14 +228,16 @@ class DiRotQLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plan.in_features, plan.out_features[index]
         self.plan = plan
-        self.table = plan.format.table16
-        self.bits = plan.format.bits
+        self.format, self.bits, self.table = plan.format, plan.format.bits, plan.format.table16
+        self.low_features = plan.low_features
         self.compute_dtype = dtype  # PEFT casts a LoRA's input to it
-        parameters = _empty(plan.linear_spec(self.out_features), device)
+        spec = plan.linear_spec(self.out_features)
+        parameters = _empty(spec, device)
         if bias:
             parameters["bias"] = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), False)
         # ModelMixin.dtype is the first floating parameter: bias and low_rank before the float32 scale.
-        for name in ("weight", "bias", "low_rank", "weight_scale"):
+        self.scale_names = tuple(n for n in spec if n not in ("weight", "low_rank"))
+        for name in ("weight", "bias", "low_rank", *self.scale_names):
             self.register_parameter(name, parameters.get(name))
         # Only the owner's state dict holds the site; the siblings must not register it a second time.
         if index == 0:
@@ -244,7 +254,7 @@ class DiRotQLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank is None else self.low_rank.shape[1]
-        kind = f"W{self.plan.format.bits}A{self.activation_bits}"
+        kind = f"W{self.format.label}A{self.activation_bits}"
         return f"{self.in_features}, {self.out_features}, {kind}, rank={rank}, bias={self.bias is not None}"
 
     @property
@@ -259,8 +269,16 @@ class DiRotQLinear(nn.Linear):
         """The weight in the ops' layout, uint8 [N, K'/2]: itself at 4 bits, else widened for the moment."""
         if self.bits == 4:
             return self.weight
-        _say_slower(self.weight.device.type, f"{self.bits}-bit weights are widened to 4 bits before every product")
-        return widen(self.weight, self.bits)
+        _say_slower(
+            self.weight.device.type, f"{self.format.label}-bit weights are widened to 4 bits before every product"
+        )
+        return self.format.widened(self.weight, self.low_features)
+
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Tensors of `SitePlan.linear_spec` as a checkpoint holds them."""
+        tensors = {"weight": self.weight} | {name: getattr(self, name) for name in self.scale_names}
+        return tensors if self.own_low_rank is None else tensors | {"low_rank": self.own_low_rank}
 
     @property
     def activation_bits(self) -> int:
@@ -283,7 +301,14 @@ class DiRotQLinear(nn.Linear):
                 y = y + z @ self.low_rank[:, site.rank :].to(x.dtype).T
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
-        elif (out := site(x)).scale is not None:
+        elif (out := site(x)).blocks is not None:
+            y = ops.linear_nvfp4(
+                out.a, out.blocks, out.scale, out.z, self.weight, self.block_scale, self.weight_scale, self.low_rank,
+                self.bias, x.dtype,
+            )  # fmt: skip
+        elif self.table is None:
+            y = self._dense_product(out)
+        elif out.scale is not None:
             y = ops.linear_a8(
                 out.a, out.scale, out.z, self.codes, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
             )
@@ -292,16 +317,27 @@ class DiRotQLinear(nn.Linear):
             y = ops.linear_a16(out.a, out.z, self.codes, scale, self.low_rank, self.bias, self.table)
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    def _dense_product(self, out: SiteOutput) -> torch.Tensor:
+        """Over Ŵ in the activations' dtype, for formats that no op multiplies."""
+        _say_slower(out.a.device.type, f"{self.format.name} weights are dequantized before every product")
+        w = self.format.values(self.format.unpack(self.weight, self.low_features), self.stored)
+        return dense_product(out.a, out.z, w, self.low_rank, self.bias)
+
     @torch.no_grad()
     def dequantized_weight(self) -> torch.Tensor:
         """The dense W [N, K] this linear stands for (with 16-bit activations), absorbed LoRAs included, float32."""
-        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
-        if self.own_low_rank is not None:
-            tensors["low_rank"] = self.own_low_rank
-        dense = dense_weight(self.plan, tensors, self.site.tensors())
+        dense = dense_weight(self.plan, self.stored, self.site.tensors())
         if self.site.absorbed is not None and self.low_rank is not None:
             dense.addmm_(self.low_rank[:, self.site.rank :].float(), self.site.absorbed.float())
         return dense
+
+
+def dense_product(
+    v: torch.Tensor, z: torch.Tensor | None, w: torch.Tensor, low_rank: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y [M, N] = v Ŵᵀ + z Lᵀ + b in v's dtype, of v [M, K'] and Ŵ [N, K'] rounded to it; z Lᵀ in float32."""
+    y = nn.functional.linear(v, w.to(v.dtype), None if bias is None else bias.to(v.dtype))
+    return y if z is None or low_rank is None else y + (z.float() @ low_rank.float().T).to(v.dtype)
 
 
 @torch.no_grad()
@@ -311,7 +347,6 @@ def dense_weight(plan: SitePlan, linear: Mapping[str, torch.Tensor], site: Mappi
     Args:
         plan: the linear's site. linear: tensors of `SitePlan.linear_spec`. site: of `SitePlan.site_spec`.
     """
-    fmt, packed = plan.format, linear["weight"]
-    scale = linear["weight_scale"].float().reshape(len(packed), -1)
-    w = fmt.decode(fmt.unpack(packed)) * fmt.expand(scale, plan.low_features)
+    fmt = plan.format
+    w = fmt.values(fmt.unpack(linear["weight"], plan.low_features), linear)
     return plan.transform.unfold(w, linear.get("low_rank"), site) if plan.transform else w

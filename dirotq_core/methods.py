@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .activations import ACTIVATION_FORMATS
-from .codebooks import WeightFormat, weight_format
+from .adaptive import ADAPTIVE_ROTATION
+from .codebooks import PackedFormat, WeightFormat, weight_format
+from .float4 import NVFP4, NormalFloat4
+from .ternary import SVD_BRANCH, Ternary
 from .transforms import TRANSFORMS, Transform
+from .twin_log import TwinLog
 
 #: Format of weight-only (W4A16) linears that see no transform, such as modulation layers.
 WEIGHT_ONLY_FORMAT = "codebook_g64"
@@ -33,7 +37,7 @@ class Method:
     """
 
     transform: str | Transform
-    weight_format: str | WeightFormat
+    weight_format: str | PackedFormat
     activations: Mapping[int, str]
     rounding: str
     source: str
@@ -46,7 +50,17 @@ class Method:
     @property
     def fused(self) -> bool:
         """Whether the fused kernels run it: a kernel transform, one weight scale per row, codes on the int8 lattice."""
-        return self.input_transform.kernel and not self.weights.grouped
+        return self.input_transform.kernel and self.weights.lattice
+
+    def default_bits(self, calibrated: bool) -> int:
+        """Activation bits where none are asked for: 4, without calibration 8; else the most it has a format for."""
+        wanted = 4 if calibrated else 8
+        return wanted if wanted in self.activations else max(self.activations, default=16)
+
+    @property
+    def gptq(self) -> bool:
+        """Whether its weights can be rounded by GPTQ: one table for all."""
+        return isinstance(self.weights, WeightFormat)
 
     @property
     def input_transform(self) -> Transform:
@@ -54,7 +68,7 @@ class Method:
         return TRANSFORMS[self.transform] if isinstance(self.transform, str) else self.transform
 
     @property
-    def weights(self) -> WeightFormat:
+    def weights(self) -> PackedFormat:
         """What weights are rounded to."""
         return weight_format(self.weight_format) if isinstance(self.weight_format, str) else self.weight_format
 
@@ -81,6 +95,13 @@ METHODS: dict[str, Method] = {
             ("orbitquant", "lloyd4", 4), ("orbitquant_w3", "lloyd3", 3), ("orbitquant_w2", "lloyd2", 2),
         )
     },
+    **{
+        name: Method(
+            ADAPTIVE_ROTATION, TwinLog(bits), {b: f"asym_token_{b}" for b in (4, 6, 8)}, "nearest", rank=0,
+            source=f"LRQ-DiT, arXiv 2508.03485, {bits}-bit weights",
+        )
+        for name, bits in (("lrq", 4), ("lrq_w3", 3))
+    },
     "svdquant": Method(
         "smooth_svd", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         source="SVDQuant, arXiv 2411.05007: smoothing and a low-rank branch; strength fixed at 0.5, not searched",
@@ -89,6 +110,15 @@ METHODS: dict[str, Method] = {
         "smooth_svd_input", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=32, needs_calibration=True,
         modulation_format="uint4_g64", source="SVDQuant, arXiv 2411.05007, in the arithmetic of Nunchaku's files",
     ),
+    "robuq": Method(
+        SVD_BRANCH, Ternary(), {b: f"uniform_{b}" for b in (1, 2, 3, 4)}, "nearest", rank=16,
+        source="RobuQ, arXiv 2509.23582: ternary weights and a 16-bit branch, trained (benchmarks/robuq.py)",
+    ),
+    "nvfp4": Method(
+        "identity", NVFP4(), {4: "nvfp4"}, "nearest", rank=0,
+        source="NVIDIA's NVFP4: e2m1 values, e4m3 scales per 16 columns, a float32 scale above them",
+    ),
+    "nf4": Method("identity", NormalFloat4(), {}, "nearest", rank=0, source="NF4 weights, QLoRA (arXiv 2305.14314)"),
     "rtn": Method(
         "identity", "int4_g64", {4: "sym_g64", 8: "sym_g64_8"}, "nearest", rank=0,
         source="round to nearest, groups of 64 on both sides",
@@ -107,7 +137,8 @@ def check_activation(name: str, method_name: str) -> None:
     """Raise ValueError unless there is an activation format `name` and it can run under the method."""
     if not isinstance(name, str) or name not in ACTIVATION_FORMATS:
         raise ValueError(f"unknown activation_format {name!r}; known: {', '.join(ACTIVATION_FORMATS)}")
-    if ACTIVATION_FORMATS[name].lattice and not method(method_name).fused:
+    fmt, row = ACTIVATION_FORMATS[name], method(method_name)
+    if not (row.fused if fmt.op_mode else row.weights.lattice or not fmt.lattice):
         raise ValueError(
             f"activation_format {name!r} needs one weight scale per row and a Hadamard transform; "
             f"method {method_name!r} has neither or only one of them"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ..kernels import round_columns
-from .codebooks import WeightFormat
+from .codebooks import PackedFormat, Rounded, WeightFormat
 
-#: Candidate factors on the initial scale, tried in `search_scales`.
-SCALE_FACTORS = tuple(0.60 + 0.06 * i for i in range(16))
 GPTQ_BLOCK = 128
 GPTQ_DAMPING = 0.01
 #: Widths up to which the Hessian is factorized in float64. Wider ones are in float32, where they take half the memory
@@ -21,54 +19,9 @@ DOUBLE_WIDTH = 4096
 GPTQ_RETRIES = 3
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """codes uint8 [N, K], scale [N, G] float32; `fallback` says why GPTQ was not used or had to be damped more."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    fallback: str | None = None
-
-
-def search_scales(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor | None) -> torch.Tensor:
-    """Scales [N, G] float32 that minimize Σ_k h_k (w_k − ŵ_k)² per row (and group) over a grid of factors.
-
-    A format whose scales are not searched has those of its rms.
-
-    Args:
-        w: [N, K]. importance: h [K], the second moment's diagonal, or None for equal weights.
-    """
-    n, k = w.shape
-    groups = fmt.scale_columns(k)
-    w = w.float().reshape(n, groups, -1)
-    h = w.new_ones(1) if importance is None else importance.to(w.device, torch.float32).reshape(1, groups, -1)
-    # Where the calibration says nothing (a dead group) or nothing usable, all columns count alike.
-    said = h.sum(-1, keepdim=True)
-    h = torch.where((said > 0) & torch.isfinite(said), h, 1.0)
-    start = w.square().mean(-1, keepdim=True).sqrt() / fmt.rms
-    best_scale, best_error = start, torch.full_like(start, torch.inf)
-    for factor in SCALE_FACTORS if fmt.searched else ():
-        scale = start * factor
-        error = (fmt.decode(fmt.encode(_divide(w, scale))) * scale - w).square().mul_(h).sum(-1, keepdim=True)
-        better = error < best_error
-        best_scale, best_error = (
-            torch.where(better, scale, best_scale),
-            torch.where(better, error, best_error),
-        )
-    best_scale = best_scale.squeeze(-1)
-    # Grouped scales are stored in bfloat16; codes must be chosen for the scales that will be used.
-    return best_scale.bfloat16().float() if fmt.grouped else best_scale
-
-
-def _divide(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    # An all-zero row has scale zero; its codes must still be finite.
-    return torch.where(scale > 0, w / scale, torch.zeros_like(w))
-
-
-def round_nearest(w: torch.Tensor, fmt: WeightFormat, importance: torch.Tensor | None = None) -> Rounded:
-    """Each weight to its nearest table entry, scales searched. w [N, K]."""
-    scale = search_scales(w, fmt, importance)
-    return Rounded(fmt.encode(_divide(w.float(), fmt.expand(scale, w.shape[1]))), scale)
+def round_nearest(w: torch.Tensor, fmt: PackedFormat, importance: torch.Tensor | None = None) -> Rounded:
+    """Each weight of w [N, K] to the nearest value of the format, scales searched; importance [K] as in `nearest`."""
+    return fmt.nearest(w, importance)
 
 
 def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Rounded:
@@ -87,7 +40,7 @@ def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Roun
     factor, order, note = _inverse_cholesky(h)
     if factor is None:
         return replace(round_nearest(w, fmt, importance), fallback=note)
-    scale = search_scales(w, fmt, importance)
+    scale = fmt.search_scales(w, importance)
     columns = fmt.expand(scale, w.shape[1])[:, order].contiguous()
     midpoints, codes, values = fmt.decision(w.device)
     work = w.float()[:, order].contiguous()

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .codebooks import Rounded, WeightFormat
 from .config import DiRotQConfig
 from .layout import SitePlan
-from .rounding import Rounded, round_gptq, round_nearest
+from .rounding import round_gptq, round_nearest
 from .subspace import EXACT_WIDTH, captured_energy
 from .transforms import SiteStatistics, Tensors, transformed_moment
 
@@ -92,7 +93,7 @@ def _precision(plan: SitePlan) -> torch.dtype:
 
 
 def _round(target: torch.Tensor, plan: SitePlan, config: DiRotQConfig, moment: torch.Tensor | None) -> Rounded:
-    if config.rounding == "gptq" and moment is not None:
+    if config.rounding == "gptq" and moment is not None and isinstance(plan.format, WeightFormat):
         return round_gptq(target, plan.format, moment)
     return round_nearest(target, plan.format, None if moment is None else moment.diagonal())
 
@@ -102,7 +103,7 @@ def _split(plan: SitePlan, rounded: Rounded, low_rank: torch.Tensor | None) -> l
     for n in plan.out_features:
         rows = slice(start, start + n)
         spec = plan.linear_spec(n)
-        tensors = {"weight": plan.format.pack(rounded.codes[rows]), "weight_scale": rounded.scale[rows]}
+        tensors = {"weight": plan.format.pack(rounded.codes[rows]), **{k: t[rows] for k, t in rounded.scales.items()}}
         if low_rank is not None and plan.rank:
             tensors["low_rank"] = low_rank[rows]
         out.append({k: t.to("cpu", spec[k][1]).reshape(spec[k][0]).contiguous() for k, t in tensors.items()})
@@ -115,7 +116,7 @@ def _reports(
     energy: float | None,
 ) -> list[LinearReport]:  # fmt: skip
     fmt = plan.format
-    error = fmt.decode(rounded.codes, target.dtype) * fmt.expand(rounded.scale.to(target), target.shape[1]) - target
+    error = fmt.values(rounded.codes, rounded.scales, target.dtype) - target
     moment = None if moment is None else moment.to(target)
     remarks = [rounded.fallback] if rounded.fallback else []
     enough = TOKENS_PER_COLUMN * plan.in_features

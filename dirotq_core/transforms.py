@@ -286,6 +286,7 @@ SITE_DTYPES = {
     "basis": torch.bfloat16,
     "signs": torch.int8,
     "permutation": torch.int32,
+    "steps": torch.uint8,
     "rotation": torch.bfloat16,
     "smooth": torch.float32,
     "shift": torch.float32,  # of v before it is rounded without a sign; see `fake_quantize`

@@ -6,25 +6,18 @@ paper's 2ᵇ⁻¹ and 2ᵇ⁻¹ + 1; the zero point of both signs is log2 η, so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from .codebooks import PackedFormat, Rounded, Scales
+
 #: η as a share of a row's largest weight, and the quantiles of |w| that a sign's levels reach: the search's grid.
 ETAS = tuple(2.0**-i for i in range(9))
 QUANTILES = (1.0, 0.999, 0.995, 0.99, 0.98, 0.96)
-
-
-@dataclass(frozen=True)
-class TwinLog:
-    """codes uint8 [N, K]; levels float32 [N, 2ᵇ], the value of each code in each row."""
-
-    codes: torch.Tensor
-    levels: torch.Tensor
-
-    def dequantize(self) -> torch.Tensor:
-        """Ŵ [N, K] float32."""
-        return self.levels.gather(1, self.codes.long())
+#: Weights that are searched at a time: a bound on memory, and below what torch takes a quantile of.
+CHUNK = 2**22
 
 
 def twin_log_levels(eta: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, bits: int) -> torch.Tensor:
@@ -54,30 +47,77 @@ def twin_log_encode(
     return torch.where(w >= 0, index, (2 * half - index) % (2 * half)).to(torch.uint8)
 
 
-def round_twin_log(w: torch.Tensor, bits: int) -> TwinLog:
-    """The η and the quantile of the grid with the least squared error, for each row of w [N, K].
+def search_twin_log(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """η and the largest positive and negative magnitude of each row, float32 [N, 3]: the grid's least squared error.
 
-    Raises ValueError unless b is 2, 3 or 4.
+    w [N, K] float32. η is common to both signs; the quantile that the levels reach is searched for each sign alone.
     """
-    if bits not in (2, 3, 4):
-        raise ValueError(f"codes of {bits} bits; 2, 3 or 4 are needed")
-    w = w.float()
     largest = w.abs().amax(1, keepdim=True)
-    signs = [torch.where(keep, w.abs(), torch.nan) for keep in (w > 0, w < 0)]
-    best_error = w.new_full((len(w), 1), torch.inf)
-    best = (torch.ones_like(largest), torch.zeros_like(largest), torch.zeros_like(largest))
-    for quantile in QUANTILES:
-        up, down = (t.nanquantile(quantile, 1, keepdim=True).nan_to_num(0.0) for t in signs)
-        for share in ETAS:
-            eta = torch.where(largest > 0, share * largest, 1.0)
-            tried = TwinLog(twin_log_encode(w, eta, up, down, bits), twin_log_levels(eta, up, down, bits))
-            error = (tried.dequantize() - w).square().sum(1, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = (
-                torch.where(better, eta, best[0]),
-                torch.where(better, up, best[1]),
-                torch.where(better, down, best[2]),
-            )
-    eta, up, down = best
-    return TwinLog(twin_log_encode(w, eta, up, down, bits), twin_log_levels(eta, up, down, bits))
+    sides = (w > 0, w < 0)
+    magnitudes = [torch.where(side, w.abs(), torch.nan) for side in sides]
+    tops = torch.stack([
+        torch.cat([m.nanquantile(q, 1, keepdim=True).nan_to_num(0.0) for m in magnitudes], 1) for q in QUANTILES
+    ])  # [quantiles, N, 2]  # fmt: skip
+    best, best_error = w.new_zeros(len(w), 3), w.new_full((len(w),), torch.inf)
+    for share in ETAS:
+        eta = torch.where(largest > 0, share * largest, 1.0)
+        errors = torch.stack([_errors(w, eta, up_down, bits, sides) for up_down in tops])
+        chosen = errors.argmin(0, keepdim=True)  # one for each sign
+        error = errors.gather(0, chosen).sum((0, 2))
+        tried = torch.cat([eta, tops.gather(0, chosen)[0]], 1)
+        best = torch.where((error < best_error)[:, None], tried, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _errors(
+    w: torch.Tensor, eta: torch.Tensor, tops: torch.Tensor, bits: int, sides: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Squared error of the positive and of the negative weights of each row, [N, 2]."""
+    up, down = tops.split(1, 1)
+    codes = twin_log_encode(w, eta, up, down, bits)
+    error = (twin_log_levels(eta, up, down, bits).gather(1, codes.long()) - w).square()
+    return torch.stack([(error * side).sum(1) for side in sides], 1)
+
+
+@dataclass(frozen=True)
+class TwinLog(PackedFormat):
+    """Codes of 2, 3 or 4 bits; weight_scale float32 [N, 3] holds η and the largest magnitudes w₊, w₋ of each row.
+
+    The paper's scales and zero points follow: s± = (log2(w± + η) − log2 η) / n± with n₊ = 2ᵇ⁻¹ − 1, n₋ = 2ᵇ⁻¹, and
+    z = log2 η. Raises ValueError for other widths.
+    """
+
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.width not in (2, 3, 4):
+            raise ValueError(f"codes of {self.width} bits; 2, 3 or 4 are needed")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"twin-log {self.width}-bit"
+
+    @property
+    def bits(self) -> int:
+        return self.width
+
+    def scales(self, in_features: int) -> Scales:
+        return {"weight_scale": ((3,), torch.float32)}
+
+    def values(
+        self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        eta, up, down = scales["weight_scale"].to(codes.device, dtype).split(1, 1)
+        levels = twin_log_levels(torch.where(eta > 0, eta, 1), up, down, self.width)
+        return levels.gather(1, codes.long())
+
+    def nearest(self, w: torch.Tensor, importance: torch.Tensor | None) -> Rounded:
+        """The grid's best for each row; columns count alike, as in the paper."""
+        codes, scales = [], []
+        for rows in w.float().split(max(1, CHUNK // w.shape[1])):
+            found = search_twin_log(rows, self.width)
+            eta, up, down = found.split(1, 1)
+            codes.append(twin_log_encode(rows, eta, up, down, self.width))
+            scales.append(found)
+        return Rounded(torch.cat(codes), torch.cat(scales))

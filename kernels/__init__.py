@@ -4,6 +4,7 @@ Importing this imports no Triton; a Triton kernel is imported when it first runs
 """
 
 from .attention import qk_norm_rope
+from .fp4 import FP4_BLOCK, NAN_BITS, decode_e2m1, decode_e4m3, dequantize_nvfp4, nvfp4_scale, quantize_nvfp4
 from .gptq import round_columns
 from .hadamard import block_hadamard, hadamard_matrix
 from .lattice import (
@@ -17,32 +18,54 @@ from .lattice import (
     pack_int4,
     unpack_int4,
 )
-from .narrow import pack_bits, unpack_bits, widen
-from .ops import API_VERSION, dequantize, linear, linear_a8, linear_a8_siblings, linear_a16, rotate, rotate_quantize
+from .narrow import TRITS, pack_bits, pack_trits, unpack_bits, unpack_trits, widen, widen_trits
+from .ops import (
+    API_VERSION,
+    dequantize,
+    linear,
+    linear_a8,
+    linear_a8_siblings,
+    linear_a16,
+    linear_nvfp4,
+    rotate,
+    rotate_quantize,
+)
 
 __all__ = [
     "API_VERSION",
     "CODEBOOK16",
     "CODEBOOK_RMS",
+    "FP4_BLOCK",
     "GROUP",
     "INT4",
     "MAGNITUDES",
     "MIDPOINTS",
+    "NAN_BITS",
+    "TRITS",
     "block_hadamard",
     "decode",
+    "decode_e2m1",
+    "decode_e4m3",
     "dequantize",
+    "dequantize_nvfp4",
     "hadamard_matrix",
     "linear",
     "linear_a8",
     "linear_a8_siblings",
     "linear_a16",
+    "linear_nvfp4",
+    "nvfp4_scale",
     "pack_bits",
     "pack_int4",
+    "pack_trits",
     "qk_norm_rope",
+    "quantize_nvfp4",
     "rotate",
     "rotate_quantize",
     "round_columns",
     "unpack_bits",
     "unpack_int4",
+    "unpack_trits",
     "widen",
+    "widen_trits",
 ]

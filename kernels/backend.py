@@ -24,6 +24,7 @@ _TRITON_MODULE = {
     "linear_a8": "triton_linear",
     "linear_a8_siblings": "triton_linear",
     "linear_a16": "triton_w4a16",
+    "linear_nvfp4": "triton_fp4",
     "round_columns": "triton_gptq",
     "qk_norm_rope": "triton_attention",
 }

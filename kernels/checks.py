@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .fp4 import FP4_BLOCK
 from .lattice import GROUP
 
 MODES = ("codebook", "int4", "int8")
@@ -64,6 +65,12 @@ def quantization(mode: str) -> None:
 
 def weights(k: int, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int]) -> None:
     _shape("weight", weight, "N", k // 2)
+    branch(weight, low_rank, bias)
+    if len(table) != 16 or min(table) < -127 or max(table) > 127:
+        raise ValueError(f"table is {list(table)}; 16 integers in [-127, 127] are needed")
+
+
+def branch(weight: Tensor, low_rank: Tensor | None, bias: Tensor | None) -> None:
     _dtype("weight", weight, torch.uint8)
     if low_rank is not None:
         _shape("low_rank", low_rank, weight.shape[0], "r")
@@ -71,8 +78,11 @@ def weights(k: int, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None
     if bias is not None:
         _shape("bias", bias, weight.shape[0])
         _dtype("bias", bias, *FLOATS)
-    if len(table) != 16 or min(table) < -127 or max(table) > 127:
-        raise ValueError(f"table is {list(table)}; 16 integers in [-127, 127] are needed")
+
+
+def output_dtype(out_dtype: torch.dtype) -> None:
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
 
 
 def row_scale(weight: Tensor, weight_scale: Tensor) -> None:
@@ -118,8 +128,7 @@ def linear_a8(
     weights(codes.shape[1], weight, low_rank, bias, table)
     row_scale(weight, weight_scale)
     low_rank_input(codes.shape[0], z, low_rank)
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
+    output_dtype(out_dtype)
     _device("codes", codes, scale=scale, z=z)
     _device("codes", codes, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
 
@@ -161,6 +170,38 @@ def linear_a16(
     group_scale(x.shape[1], weight, weight_scale)
     low_rank_input(x.shape[0], z, low_rank)
     _device("x", x, z=z, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
+
+
+def linear_nvfp4(
+    codes: Tensor,
+    block_scale: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_block_scale: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    _shape("codes", codes, "M", "K/2")
+    k = 2 * codes.shape[1]
+    _columns("codes, unpacked,", k)
+    _shape("weight", weight, "N", k // 2)
+    for name, tensor, rows in (
+        ("block_scale", block_scale, codes.shape[0]), ("weight_block_scale", weight_block_scale, weight.shape[0])
+    ):  # fmt: skip
+        _shape(name, tensor, rows, k // FP4_BLOCK)
+        _dtype(name, tensor, torch.uint8)
+    _dtype("codes", codes, torch.uint8)
+    _shape("scale", scale, codes.shape[0])
+    _dtype("scale", scale, torch.float32)
+    branch(weight, low_rank, bias)
+    row_scale(weight, weight_scale)
+    low_rank_input(codes.shape[0], z, low_rank)
+    output_dtype(out_dtype)
+    _device("codes", codes, block_scale=block_scale, scale=scale, z=z, weight=weight, low_rank=low_rank, bias=bias)
+    _device("codes", codes, weight_block_scale=weight_block_scale, weight_scale=weight_scale)
 
 
 def linear(

@@ -1,7 +1,8 @@
-"""Two- and three-bit codes: stored at their size, widened to the four-bit layout of the ops when they are used.
+"""Codes of fewer than four bits: stored at their size, widened to the four-bit layout of the ops when they are used.
 
-Codes of a row are one little-endian stream of bits: code j stands in bits j·b to j·b + b − 1. At four bits that is
-the layout of `pack_int4`. Eight codes fill b bytes.
+Two- and three-bit codes of a row are one little-endian stream of bits: code j stands in bits j·b to j·b + b − 1. At
+four bits that is the layout of `pack_int4`. Eight codes fill b bytes. Of three-valued codes five stand in a byte, 1.6
+bits each: code j is digit j mod 5, lowest first, of byte j // 5 in base 3; what a row's last byte has too many is 0.
 """
 
 import torch
@@ -65,3 +66,39 @@ def _words(packed: Tensor, bits: int) -> Tensor:
 def _check(bits: int) -> None:
     if bits not in (2, 3, 4):
         raise ValueError(f"codes of {bits} bits; 2, 3 or 4 are needed")
+
+
+TRITS = 5
+"""Three-valued codes in a byte: 3⁵ = 243."""
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Codes [..., K], integers 0..2, as uint8 [..., ⌈K / 5⌉]. Raises ValueError for other values."""
+    if codes.dtype.is_floating_point or (codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > 2)):
+        raise ValueError("three-valued codes must be integers in 0..2")
+    digits = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % TRITS)).unflatten(-1, (-1, TRITS))
+    packed = torch.zeros(digits.shape[:-1], dtype=torch.uint8, device=codes.device)
+    for i in range(TRITS):
+        packed += digits[..., i] * 3**i
+    return packed
+
+
+def unpack_trits(packed: Tensor, columns: int) -> Tensor:
+    """Codes uint8 [..., K] of `packed` uint8 [..., ⌈K / 5⌉]; the inverse of `pack_trits`.
+
+    Raises ValueError unless the dtype and the bytes fit `columns` = K.
+    """
+    needed = -(-columns // TRITS)
+    if packed.dtype != torch.uint8 or packed.shape[-1] != needed:
+        raise ValueError(
+            f"packed codes have dtype {packed.dtype} and shape {tuple(packed.shape)}; uint8 [..., {needed}] is needed "
+            f"for {columns} columns"
+        )
+    digits = torch.stack([packed // 3**i % 3 for i in range(TRITS)], -1)
+    return digits.flatten(-2)[..., :columns]
+
+
+def widen_trits(packed: Tensor, columns: int) -> Tensor:
+    """The codes in four bits each, uint8 [..., K/2], as `pack_int4` has them."""
+    codes = unpack_trits(packed, columns)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)

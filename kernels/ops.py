@@ -40,6 +40,8 @@ SCHEMAS = {
     " Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
     "linear": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode, Tensor weight,"
     " Tensor weight_scale, Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
+    "linear_nvfp4": "(Tensor codes, Tensor block_scale, Tensor scale, Tensor? z, Tensor weight,"
+    " Tensor weight_block_scale, Tensor weight_scale, Tensor? low_rank, Tensor? bias, ScalarType out_dtype) -> Tensor",
     "dequantize": "(Tensor weight, Tensor weight_scale, int[] table, ScalarType dtype) -> Tensor",
     "qk_norm_rope": attention.SCHEMA,
 }
@@ -154,6 +156,28 @@ def linear(
     )
 
 
+def linear_nvfp4(
+    codes: Tensor,
+    block_scale: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_block_scale: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] = s_m t_n Σ_k â_mk ŵ_nk + Σ_j z_mj L_nj + b_n in `out_dtype`, both sides in NVFP4 (see `fp4`).
+
+    codes uint8 [M, K/2], block_scale uint8 [M, K/16] (bits of e4m3), scale s fp32 [M]; weight, weight_block_scale and
+    weight_scale t likewise with N rows; the rest as in `linear_a8`. Sums in fp32. Not differentiable.
+    """
+    return torch.ops.dirotq.linear_nvfp4.default(
+        codes, block_scale, scale, z, weight, weight_block_scale, weight_scale, low_rank, bias, out_dtype
+    )
+
+
 def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Ŵ [N, K] = table[code] · scale, rounded once to `dtype`.
 
@@ -189,6 +213,11 @@ def _linear_a8_siblings(*args):
 def _linear_a16(*args):
     checks.linear_a16(*args)
     return implementation("linear_a16", args[0].device)(*args)
+
+
+def _linear_nvfp4(*args):
+    checks.linear_nvfp4(*args)
+    return implementation("linear_nvfp4", args[0].device)(*args)
 
 
 def _linear(x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, table):
@@ -243,6 +272,12 @@ def _fake_linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks,
 def _fake_linear_a16(x, z, weight, weight_scale, low_rank, bias, table):
     checks.linear_a16(x, z, weight, weight_scale, low_rank, bias, table)
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_linear_nvfp4(*args):
+    checks.linear_nvfp4(*args)
+    codes, weight, out_dtype = args[0], args[4], args[-1]
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
 def _fake_linear(x, basis, signs, block, mode, weight, weight_scale, low_rank, bias, table):
@@ -324,6 +359,7 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "linear_a8": (_linear_a8, _fake_linear_a8, None),
     "linear_a8_siblings": (_linear_a8_siblings, _fake_linear_a8_siblings, None),
     "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
+    "linear_nvfp4": (_linear_nvfp4, _fake_linear_nvfp4, None),
     "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),
     "qk_norm_rope": (attention.run, attention.fake, None),

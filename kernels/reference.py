@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .fp4 import dequantize_nvfp4
 from .hadamard import block_hadamard
 from .lattice import CODEBOOK_RMS, GROUP, MAGNITUDE_STEPS, MAGNITUDES, MIDPOINTS, decode
 
@@ -151,6 +152,23 @@ def linear_a16(
     """y = x Ŵᵀ + z Lᵀ + b, Ŵ = table[code] · scale; all in fp32, rounded once."""
     y = x.float() @ dequantize(weight, weight_scale, table, torch.float32).T
     return _finish(y, z, low_rank, bias).to(x.dtype)
+
+
+def linear_nvfp4(
+    codes: Tensor,
+    block_scale: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_block_scale: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = s_m t_n Σ_k â_mk ŵ_nk + Σ_j z_mj L_nj + b_n; all in fp32, rounded once."""
+    y = dequantize_nvfp4(codes, block_scale) @ dequantize_nvfp4(weight, weight_block_scale).T
+    return _finish(y * scale[:, None] * weight_scale, z, low_rank, bias).to(out_dtype)
 
 
 def _finish(y: Tensor, z: Tensor | None, low_rank: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -133,4 +133,4 @@ def scheme(params: Any) -> str:
     from ..dirotq_core.activations import ACTIVATION_FORMATS
 
     activation = 16 if params.activation is None else ACTIVATION_FORMATS[params.activation].bits
-    return f"W{params.plan.format.bits if params.plan else 4}A{activation}"
+    return f"W{params.plan.format.label if params.plan else 4}A{activation}"

@@ -20,16 +20,17 @@ from comfy_kitchen.tensor import (
 )
 
 from ..dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
+from ..dirotq_core.float4 import NVFP4
 from ..dirotq_core.layout import SitePlan
-from ..dirotq_core.linear import dense_weight
+from ..dirotq_core.linear import dense_product, dense_weight
 from ..dirotq_core.rounding import round_nearest
 from ..dirotq_core.transforms import SITE_DTYPES
-from ..kernels import ops, reference, widen
+from ..kernels import ops, quantize_nvfp4, reference
 
 LAYOUT = "DiRotQLayout"
 
 #: Tensors of a linear and of its site → field of `Params`. The packed codes are the QuantizedTensor's own data.
-LINEAR_FIELDS = {"weight_scale": "scale", "low_rank": "low_rank"}
+LINEAR_FIELDS = {"weight_scale": "scale", "block_scale": "block_scale", "low_rank": "low_rank"}
 SITE_FIELDS = tuple(SITE_DTYPES)
 #: A LoRA beside the 4-bit weights: W + up down, up [N, R] and down [R, K] in bfloat16.
 SIDE_FIELDS = ("down", "up")
@@ -43,16 +44,19 @@ class Params(BaseLayoutParams):
     """What stands beside the codes.
 
     Attributes:
-        scale: weight_scale of `SitePlan.linear_spec`. low_rank and the site's tensors: as there, None if absent.
+        scale: weight_scale of `SitePlan.linear_spec`. block_scale, low_rank and the site's tensors: as there, None if
+            absent.
         down, up: [R, K] and [N, R] bfloat16 of a LoRA, or None.
         plan: the linear's site. activation: key of `ACTIVATION_FORMATS`, None for 16 bit.
         plain: compute with PyTorch operations even where Triton kernels could.
     """
 
+    block_scale: torch.Tensor | None = None
     low_rank: torch.Tensor | None = None
     basis: torch.Tensor | None = None
     signs: torch.Tensor | None = None
     permutation: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -104,10 +108,13 @@ class DiRotQLayout(QuantizedLayout):
         if plan.transform is not None:
             moved, low_rank = plan.transform.fold(moved, old.site())
         rounded = round_nearest(moved, plan.format)
-        codes, scale = codes.clone(), old.scale.clone()
+        codes = codes.clone()
         codes[changed] = plan.format.pack(rounded.codes)
-        scale[changed] = rounded.scale.reshape(-1, *scale.shape[1:]).to(scale.dtype)
-        new = dataclasses.replace(old, scale=scale)
+        scales = {}
+        for name, values in rounded.scales.items():
+            scales[LINEAR_FIELDS[name]] = all_rows = getattr(old, LINEAR_FIELDS[name]).clone()
+            all_rows[changed] = values.reshape(-1, *all_rows.shape[1:]).to(all_rows.dtype)
+        new = dataclasses.replace(old, **scales)
         if old.low_rank is not None and low_rank is not None:
             branch = old.low_rank.clone()
             branch[changed] = low_rank.to(branch.dtype)
@@ -152,10 +159,19 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     p, codes = weight._params, weight._qdata
     plan, how = _plan(p), reference if p.plain else ops
     rows = x.reshape(-1, x.shape[-1])
-    table, codes = plan.format.table16, widen(codes, plan.format.bits)
+    table = plan.format.table16
     fmt = None if p.activation is None else ACTIVATION_FORMATS[p.activation]
     z: torch.Tensor | None
-    if fmt is not None and fmt.lattice:
+    if table is not None:
+        codes = plan.format.widened(codes, plan.low_features)
+    if fmt is not None and fmt.float4 and isinstance(plan.format, NVFP4):
+        v, z = _transform(rows, p, plan)
+        y = how.linear_nvfp4(*quantize_nvfp4(v), z, codes, p.block_scale, p.scale, p.low_rank, bias, x.dtype)
+    elif table is None:
+        v, z = _transform(rows, p, plan)
+        w = plan.format.values(plan.format.unpack(codes, plan.low_features), p.linear(codes))
+        y = dense_product(v if fmt is None else fake_quantize(v, fmt), z, w, p.low_rank, bias)
+    elif fmt is not None and fmt.lattice:
         a, scale, z = _lattice(rows, p, plan, how)
         y = how.linear_a8(a, scale, z, codes, p.scale, p.low_rank, bias, table, x.dtype)
     else:

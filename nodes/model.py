@@ -9,6 +9,7 @@ import comfy.sd
 import torch
 
 from ..dirotq_core.backend import DENSE_DTYPES
+from ..dirotq_core.build import activation_for
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file import NativeCheckpoint
 from ..kernels import backend
@@ -37,10 +38,11 @@ def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: s
         if obstacle:
             raise RuntimeError(f"backend 'triton' cannot run: {obstacle}")
     config = checkpoint.quantization
-    wanted = (config.activation_bits or 4) if bits == "default" else int(bits)
 
     def activation(plan: SitePlan) -> str | None:
-        return config.activation(wanted) if plan.quantize_input else None
+        if bits == "default":
+            return activation_for(config, plan)
+        return config.activation(int(bits)) if plan.quantize_input else None
 
     activations = {name: activation(plan) for name, plan in checkpoint.plans.items()}
     return Settings(activations, kernels == "pytorch", lora == "side branch")

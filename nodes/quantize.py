@@ -34,7 +34,9 @@ class Quantize(io.ComfyNode):
                     list(METHODS),
                     tooltip=(
                         "dirotq: 16-bit subspace and Hadamard rotation (default); paper: as published, with a "
-                        "dense rotation; hadamard, svdquant and rtn are simpler methods to compare with."
+                        "dense rotation; orbitquant and lrq: other published methods; nvfp4 (4 or 16 bits) and nf4 "
+                        "(16 bits): floating-point formats; hadamard, svdquant and rtn are simpler methods to compare "
+                        "with; robuq is poor without training."
                     ),
                 ),
                 io.Int.Input(

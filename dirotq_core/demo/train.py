@@ -156,8 +156,11 @@ def train_pixart(
     batch: int,
     lr: float,
     checkpoint: Callable[[], None],
+    teacher: nn.Module | None = None,
 ) -> None:
     """Noise prediction at uniform timesteps. The variance half of the output, which the sampler ignores, stays 0.
+
+    With a teacher, a trained transformer, its prediction of the noise is learned instead of the noise itself.
 
     The scene is decided at high noise, where an error of the noise weighs little in the plain loss and much in the
     image. The weight 1/ᾱ, which makes it the loss of v-prediction, is therefore applied up to a limit.
@@ -174,14 +177,18 @@ def train_pixart(
         x, noise = latents[index], torch.randn(batch, *latents.shape[1:], device=device)
         t = torch.randint(len(alphas), (batch,), device=device)
         a = alphas[t].view(-1, 1, 1, 1)
-        predicted = pipe.transformer(
-            a.sqrt() * x + (1 - a).sqrt() * noise,
-            encoder_hidden_states=pipe.text_encoder(ids[rows], attention_mask=mask[rows])[0],
-            encoder_attention_mask=mask[rows],
-            timestep=t,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample
-        error = (predicted.chunk(2, dim=1)[0].float() - noise).square().mean((1, 2, 3))
+        inputs = {
+            "hidden_states": a.sqrt() * x + (1 - a).sqrt() * noise,
+            "encoder_hidden_states": pipe.text_encoder(ids[rows], attention_mask=mask[rows])[0],
+            "encoder_attention_mask": mask[rows],
+            "timestep": t,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+        target = noise
+        if teacher is not None:
+            with torch.no_grad():
+                target = teacher(**inputs).sample.chunk(2, dim=1)[0].float()
+        error = (pipe.transformer(**inputs).sample.chunk(2, dim=1)[0].float() - target).square().mean((1, 2, 3))
         return (weights[t] * error).mean()
 
     fit(trained(pipe), loss, steps, lr, "pixart", checkpoint)
@@ -195,8 +202,12 @@ def train_flux(
     batch: int,
     lr: float,
     checkpoint: Callable[[], None],
+    teacher: nn.Module | None = None,
 ) -> None:
-    """Rectified flow, then, as in FLUX.1-dev, distillation of guidance into the guidance embedding."""
+    """Rectified flow, then, as in FLUX.1-dev, distillation of guidance into the guidance embedding.
+
+    With a teacher, a trained transformer, its velocities at every guidance are learned instead.
+    """
     device = latents.device
     clip_ids, _ = tokenize(pipe.tokenizer, captions, device)
     t5_ids, _ = tokenize(pipe.tokenizer_2, captions, device)
@@ -226,6 +237,19 @@ def train_flux(
         s = sigma.view(-1, 1, 1)
         return (1 - s) * x + s * noise, sigma, noise - x, pick_captions(index)
 
+    if teacher is not None:
+        trained_models = nn.ModuleList([teacher, *trained(pipe)[1:]])
+
+        def teacher_loss() -> Tensor:
+            x, sigma, _, rows = noisy()
+            guidance = torch.empty(batch, device=device).uniform_(*GUIDANCE)
+            with torch.no_grad():
+                target = velocity(trained_models, x, sigma, rows, guidance)
+            return F.mse_loss(velocity(models, x, sigma, rows, guidance), target)
+
+        fit([models], teacher_loss, steps, lr, "flux", checkpoint)
+        return
+
     one = torch.ones(batch, device=device)
 
     def flow_loss() -> Tensor:
@@ -233,14 +257,14 @@ def train_flux(
         return F.mse_loss(velocity(models, x, sigma, rows, one), target)
 
     fit([models], flow_loss, steps - steps // 6, lr, "flux", checkpoint)
-    teacher = copy.deepcopy(models).requires_grad_(False)
+    frozen = copy.deepcopy(models).requires_grad_(False)
 
     def guidance_loss() -> Tensor:
         x, sigma, _, rows = noisy()
         guidance = torch.empty(batch, device=device).uniform_(*GUIDANCE)
         with torch.no_grad():
-            plain = velocity(teacher, x, sigma, torch.full_like(rows, -1), one)
-            target = plain + guidance.view(-1, 1, 1) * (velocity(teacher, x, sigma, rows, one) - plain)
+            plain = velocity(frozen, x, sigma, torch.full_like(rows, -1), one)
+            target = plain + guidance.view(-1, 1, 1) * (velocity(frozen, x, sigma, rows, one) - plain)
         return F.mse_loss(velocity(models, x, sigma, rows, guidance), target)
 
     fit([models], guidance_loss, steps // 6, lr / 2, "flux guidance", checkpoint)

@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, check_names, check_tensor, checkpoint_tensors
-from ..codebooks import GROUP_SIZE, WeightFormat
+from ..codebooks import GROUP_SIZE
 from ..config import DiRotQConfig
 from ..inspect import skeleton
 from ..layout import SitePlan, linear_at, plan_sites
@@ -308,7 +308,7 @@ def _weight_only(
 
 
 def _modulation(
-    source: NunchakuSource, name: str, dense: torch.nn.Linear, fmt: WeightFormat, used: set[str]
+    source: NunchakuSource, name: str, dense: torch.nn.Linear, fmt: PackedFormat, used: set[str]
 ) -> dict[str, torch.Tensor] | None:
     """Our tensors of a modulation linear; None where its zero points are not all `ZERO_POINT`."""
     used |= {f"{name}.{f}" for f in ("qweight", "wscales", "wzeros", "bias", "lora_down", "lora_up")}

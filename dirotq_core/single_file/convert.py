@@ -14,7 +14,7 @@ from .names import Fusion, fusions
 Tensors = Mapping[str, torch.Tensor]
 
 #: Tensors of a linear that have one row per output; everything else of it belongs to its input site.
-ROWS = ("weight", "weight_scale", "low_rank", "bias")
+ROWS = ("weight", "weight_scale", "block_scale", "low_rank", "bias")
 SITE = "input_site."
 
 

@@ -37,9 +37,8 @@ def inspect_native(path: str | Path) -> Inspection:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     known = _report(path)
-    bits = quantization.activation_bits
     rows = [
-        _row(name, plan, entries, f"W{plan.format.bits}A{bits if plan.quantize_input else 16}", known.get(name))
+        _row(name, plan, entries, plan.scheme(quantization), known.get(name))
         for name, plan in native_plans(config, plans).items()
     ]
     parameters = sum(p.numel() for p in model.parameters())

@@ -8,21 +8,27 @@ from hypothesis import strategies as st
 
 from dirotq.dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize
 
-GROUPED = [n for n, f in ACTIVATION_FORMATS.items() if not f.lattice]
+#: NVFP4 has an oracle of its own (`tests/oracle/test_float4.py`).
+GROUPED = [n for n, f in ACTIVATION_FORMATS.items() if not f.lattice and not f.float4]
 
 
-def reference(v, bits, symmetric):
-    """Levels of each 64 columns, one after the other."""
+def width(fmt, k):
+    """Columns that share a scale."""
+    return 64 if fmt.grouped else k
+
+
+def reference(v, bits, symmetric, width):
+    """Levels of each `width` columns, one after the other."""
     out = np.empty_like(v)
     for m in range(v.shape[0]):
-        for start in range(0, v.shape[1], 64):
-            group = v[m, start : start + 64]
+        for start in range(0, v.shape[1], width):
+            group = v[m, start : start + width]
             if symmetric:
                 low, step = 0.0, np.abs(group).max() / (2 ** (bits - 1) - 1)
             else:
                 low, step = group.min(), (group.max() - group.min()) / (2**bits - 1)
             q = np.round((group - low) / step) if step else 0 * group
-            out[m, start : start + 64] = low + q * step
+            out[m, start : start + width] = low + q * step
     return out
 
 
@@ -37,7 +43,7 @@ def tokens(seed, m=5, k=192):
 def test_against_numpy(name, seed):
     fmt, v = ACTIVATION_FORMATS[name], tokens(seed).astype(np.float32)
     got = fake_quantize(torch.from_numpy(v), fmt).double().numpy()
-    expected = reference(v.astype(np.float64), fmt.bits, fmt.symmetric)
+    expected = reference(v.astype(np.float64), fmt.bits, fmt.symmetric, width(fmt, v.shape[1]))
     span = (v.max(1) - v.min(1))[:, None] + np.abs(v).max(1)[:, None]
     far = np.abs(got - expected) > 1e-5 * span
     assert far.mean() < 0.01  # ties that float32 decides the other way
@@ -47,12 +53,12 @@ def test_against_numpy(name, seed):
 @pytest.mark.parametrize("name", GROUPED)
 def test_error_is_at_most_half_a_step(name):
     fmt, v = ACTIVATION_FORMATS[name], torch.from_numpy(tokens(3))
-    groups = v.unflatten(1, (-1, 64))
+    groups = v.unflatten(1, (-1, width(fmt, v.shape[1])))
     if fmt.symmetric:
         step = groups.abs().amax(2) / (2 ** (fmt.bits - 1) - 1)
     else:
         step = (groups.amax(2) - groups.amin(2)) / (2**fmt.bits - 1)
-    error = (fake_quantize(v, fmt) - v).unflatten(1, (-1, 64)).abs().amax(2)
+    error = (fake_quantize(v, fmt) - v).unflatten(1, groups.shape[1:]).abs().amax(2)
     assert (error <= 0.5001 * step + 1e-6).all()
 
 
@@ -61,7 +67,7 @@ def test_at_most_two_to_the_bits_levels(name):
     fmt = ACTIVATION_FORMATS[name]
     v = torch.linspace(-1, 1, 64).reshape(1, 64).repeat(1, 3) * torch.tensor([1.0, 5, 9]).repeat_interleave(64)
     got = fake_quantize(v, fmt)
-    assert all(len(g.unique()) <= 2**fmt.bits for g in got.unflatten(1, (-1, 64))[0])
+    assert all(len(g.unique()) <= 2**fmt.bits for g in got.unflatten(1, (-1, width(fmt, v.shape[1])))[0])
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -94,9 +100,10 @@ def test_the_gradient_passes_straight_through(name):
 def test_groups_and_tokens_do_not_touch_each_other(name):
     fmt, v = ACTIVATION_FORMATS[name], torch.from_numpy(tokens(5)).float()
     disturbed = v.clone()
-    disturbed[0, :64] *= 1e4
+    first = width(fmt, v.shape[1])
+    disturbed[0, :first] *= 1e4
     got, other = fake_quantize(v, fmt), fake_quantize(disturbed, fmt)
-    assert torch.equal(got[0, 64:], other[0, 64:])
+    assert torch.equal(got[0, first:], other[0, first:])
     assert torch.equal(got[1:], other[1:])
 
 

@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS, weight_format
+from dirotq.dirotq_core.methods import METHODS
+from dirotq.kernels import dequantize
 
 FORMATS = sorted(WEIGHT_FORMATS)
 
@@ -53,6 +55,34 @@ def test_decode_keeps_shape_and_takes_the_dtype(name):
         decoded = WEIGHT_FORMATS[name].decode(codes, dtype)
         assert decoded.shape == codes.shape
         assert decoded.dtype == dtype
+
+
+#: Every format that a method has.
+ALL = {m.weights.name: m.weights for m in METHODS.values()} | WEIGHT_FORMATS
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.integers(1, 5), groups=st.integers(1, 4), seed=st.integers(0, 99), size=st.sampled_from([1e-12, 1.0, 1e8])
+)
+def test_what_is_stored_says_the_weights(name, rows, groups, seed, size):
+    """Packed and back; rows alone say what they say together; the ops' table, where there is one, says the same."""
+    fmt, k = ALL[name], 64 * groups
+    w = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)) * size
+    w[0, :64] = 0
+    got = fmt.nearest(w, None)
+    packed = fmt.pack(got.codes)
+    assert packed.shape == (rows, fmt.packed_columns(k)) and torch.equal(fmt.unpack(packed, k), got.codes)
+    stored = {n: got.scales[n].reshape(rows, *tail).to(dtype) for n, (tail, dtype) in fmt.scales(k).items()}
+    values = fmt.values(got.codes, stored)
+    assert values.shape == w.shape and values.isfinite().all()
+    assert (values - w).square().sum() <= 0.6 * w.square().sum()
+    one = fmt.values(got.codes[-1:], {n: t[-1:] for n, t in stored.items()})
+    assert torch.equal(one[0], values[-1])
+    if fmt.table16 is not None:
+        dense = dequantize(fmt.widened(packed, k), stored["weight_scale"], fmt.table16, torch.float32)
+        torch.testing.assert_close(dense, values, rtol=1e-6, atol=0)
 
 
 def test_unknown_format_names_the_known_ones():

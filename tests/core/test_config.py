@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from dirotq import DiRotQConfig
 from dirotq.dirotq_core.activations import ACTIVATION_FORMATS
-from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS
+from dirotq.dirotq_core.adaptive import ADAPTIVE_ROTATION
+from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS, PackedFormat
 from dirotq.dirotq_core.config import FORMAT_VERSION, MAX_JSON, UnsupportedFormatError
 from dirotq.dirotq_core.methods import METHODS, check_activation
+from dirotq.dirotq_core.ternary import SVD_BRANCH
 from dirotq.dirotq_core.transforms import TRANSFORMS, aligned_rank
 
 # arguments, what the message must contain
@@ -95,11 +97,19 @@ def test_a_fraction_of_nothing_resolves_to_what_loads():
     assert DiRotQConfig.from_dict(resolved.to_dict()) == resolved
 
 
-RANKED = {name for name, m in METHODS.items() if TRANSFORMS[m.transform].subspace}
+RANKED = {name for name, m in METHODS.items() if m.input_transform.subspace}
 
 
-def config_of(method, rank, **fields):
-    return DiRotQConfig(method=method, rank=rank if method in RANKED else None, **fields)
+def config_of(method, rank, activation_bits, rounding, **fields):
+    """What the method has no choice of stays open."""
+    row = METHODS[method]
+    return DiRotQConfig(
+        method=method,
+        rank=rank if method in RANKED else None,
+        activation_bits=activation_bits if activation_bits in (*row.activations, 16) else None,
+        rounding=rounding if row.gptq else None,
+        **fields,
+    )
 
 
 configs = st.builds(
@@ -137,7 +147,7 @@ def test_a_resolved_config_is_complete_and_stays_itself(config):
         assert getattr(done, name) is not None
         assert getattr(config, name) in (None, getattr(done, name))
     assert done.rounding == (config.rounding or chosen.rounding)
-    assert done.activation_bits == (config.activation_bits or 4)
+    assert done.activation_bits == (config.activation_bits or (4 if 4 in chosen.activations else 16))
     assert done.resolved(calibrated=True) == done
     assert DiRotQConfig.from_dict(json.loads(done.to_json_string())) == done
 
@@ -172,9 +182,9 @@ def test_data_free_zero_width_is_fine():
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_methods_are_rows_of_known_parts(name):
     row = METHODS[name]
-    assert row.transform in TRANSFORMS
-    assert row.weight_format in WEIGHT_FORMATS
-    assert set(row.activations) >= {4, 8}
+    assert row.input_transform in (*TRANSFORMS.values(), ADAPTIVE_ROTATION, SVD_BRANCH)
+    assert row.weight_format in WEIGHT_FORMATS or isinstance(row.weight_format, PackedFormat)
+    assert not row.activations or 4 in row.activations
     assert row.modulation_format in WEIGHT_FORMATS
     assert row.source
     for bits, activation in row.activations.items():
@@ -182,7 +192,12 @@ def test_methods_are_rows_of_known_parts(name):
         assert ACTIVATION_FORMATS[activation].bits == bits
         assert DiRotQConfig(method=name).activation(bits) == activation
     assert DiRotQConfig(method=name).activation(16) is None
-    assert row.fused == all(ACTIVATION_FORMATS[a].lattice for a in row.activations.values())
+    assert row.fused <= all(ACTIVATION_FORMATS[a].lattice for a in row.activations.values())
+
+
+def test_levels_of_a_row_cannot_be_rounded_by_gptq():
+    with pytest.raises(ValueError, match=r"'lrq' have no one table.*must be 'nearest'"):
+        DiRotQConfig(method="lrq", rounding="gptq")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Methods with weights of 2 and 3 bits, activations of 3 and 6, and a permutation, in whole models."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -10,9 +11,19 @@ from dirotq.dirotq_core import linear as linear_module
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.checkpoint import CheckpointError, check_values
 from dirotq.dirotq_core.inspect import inspect_checkpoint
+from dirotq.dirotq_core.methods import METHODS as ROWS
 from dirotq.dirotq_core.single_file import convert
 
-METHODS = {"orbitquant": 4, "orbitquant_w3": 3, "orbitquant_w2": 2}
+METHODS = {
+    "orbitquant": 4,
+    "orbitquant_w3": 3,
+    "orbitquant_w2": 2,
+    "lrq": 4,
+    "lrq_w3": 3,
+    "nvfp4": 4,
+    "nf4": 4,
+    "robuq": 1.6,
+}
 
 
 def decibels(y, reference):
@@ -22,14 +33,17 @@ def decibels(y, reference):
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("family", ["flux", "pixart"])
 def test_round_trips_are_exact(quantized, run, reload, tmp_path, family, method):
-    model, plans = quantized(family, method=method, activation_bits=4)
+    activation = 4 if ROWS[method].activations else 16
+    model, plans = quantized(family, method=method, activation_bits=activation)
     expected, bits = run(model), METHODS[method]
     for plan in (p for p in plans if p.method):
         for name, n in zip(plan.linears, plan.out_features, strict=True):
-            assert quantized_linears(model)[name].weight.shape == (n, plan.in_features * bits // 8)
+            assert quantized_linears(model)[name].weight.shape == (n, math.ceil(plan.in_features * bits / 8))
     model.save_pretrained(tmp_path / "folder")
     assert torch.equal(run(reload(model, tmp_path / "folder")), expected)
-    assert f"W{bits}A4" in {row.scheme for row in inspect_checkpoint(tmp_path / "folder").rows}
+    assert f"W{ROWS[method].weights.label}A{activation}" in {
+        row.scheme for row in inspect_checkpoint(tmp_path / "folder").rows
+    }
     convert(tmp_path / "folder", tmp_path / "file.safetensors")
     convert(tmp_path / "file.safetensors", tmp_path / "back")
     assert torch.equal(run(reload(model, tmp_path / "back")), expected)
@@ -44,7 +58,7 @@ def test_modulation_is_int4_in_groups(quantized):
 
 def test_more_bits_are_closer(quantized, tiny, run):
     reference, quality = run(tiny("pixart")), {}
-    for method, bits in METHODS.items():
+    for method, bits in ((m, b) for m, b in METHODS.items() if m.startswith("orbitquant")):
         model, _ = quantized("pixart", method=method)
         for activation in (3, 4, 6, 8, 16):
             dirotq.set_activation_bits(model, activation)
@@ -52,6 +66,37 @@ def test_more_bits_are_closer(quantized, tiny, run):
     for activation in (3, 4, 6, 8, 16):
         assert quality[2, activation] < quality[3, activation] < quality[4, activation]
     assert quality[4, 3] < quality[4, 4] < quality[4, 6] < quality[4, 16]
+
+
+def test_every_site_has_bits_of_its_own(quantized, run, reload, tmp_path):
+    """They come from the file, and `set_activation_bits` makes them equal again."""
+    uniform, plans = quantized("pixart", method="robuq", activation_bits=4)
+    sites = [p for p in plans if p.quantize_input]
+    digits = "".join(str(1 + i % 4) for i in range(len(sites)))
+    model, _ = quantized("pixart", method="robuq", activation_bits=4, site_activation_bits=digits)
+    expected = run(model)
+    assert not torch.equal(expected, run(uniform))
+    model.save_pretrained(tmp_path / "folder")
+    again = reload(model, tmp_path / "folder")
+    assert [quantized_linears(again)[p.owner].activation_bits for p in sites] == [int(d) for d in digits]
+    assert torch.equal(run(again), expected)
+    schemes = {r.name: r.scheme for r in inspect_checkpoint(tmp_path / "folder").rows}
+    assert [schemes[p.owner] for p in sites] == [f"W1.58A{d}" for d in digits]
+    convert(tmp_path / "folder", tmp_path / "file.safetensors")
+    assert {r.scheme for r in inspect_checkpoint(tmp_path / "file.safetensors").rows} >= {"W1.58A1", "W1.58A3"}
+    convert(tmp_path / "file.safetensors", tmp_path / "back")
+    assert torch.equal(run(reload(model, tmp_path / "back")), expected)
+    dirotq.set_activation_bits(model, 4)
+    assert torch.equal(run(model), run(uniform))
+    assert model.hf_quantizer.quantization_config.site_activation_bits is None
+
+
+def test_bits_of_sites_must_fit_the_model(quantized):
+    with pytest.raises(ValueError, match=r"site_activation_bits has 2 digits; the model has \d+ sites"):
+        quantized("pixart", method="robuq", site_activation_bits="34")
+    for digits in ("5", "3x", "", 34):
+        with pytest.raises(ValueError, match=r"site_activation_bits must be digits out of \(1, 2, 3, 4\).*got"):
+            dirotq.DiRotQConfig(method="robuq", site_activation_bits=digits)
 
 
 def test_bits_that_a_method_has_no_format_for(quantized):
@@ -63,8 +108,9 @@ def test_bits_that_a_method_has_no_format_for(quantized):
         dirotq.set_activation_bits(model, 6)
 
 
-@pytest.mark.parametrize("activation", [3, 4, 6, 8, 16])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("method", "activation"), [(m, b) for m in sorted(METHODS) for b in (*ROWS[m].activations, 16)]
+)
 def test_gradients_pass_straight_through(quantized, method, activation):
     model, plans = quantized("pixart", method=method, activation_bits=activation)
     module = quantized_linears(model)[plans[0].owner]
@@ -84,6 +130,13 @@ def test_what_is_no_permutation_is_refused(wrong):
         check_values("a.input_site.permutation", torch.tensor(wrong, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("wrong", [0x7F, 0x80, 0xFF])
+def test_block_scales_are_finite_and_not_negative(wrong):
+    check_values("a.block_scale", torch.tensor([[0, 0x7E]], dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match=r"a\.block_scale.*negative or NaN in float8 e4m3"):
+        check_values("a.block_scale", torch.tensor([[0, wrong]], dtype=torch.uint8))
+
+
 def test_the_slower_path_says_so_once(caplog):
     linear_module._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -95,7 +148,9 @@ def test_the_slower_path_says_so_once(caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "activation"), [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6)])
+@pytest.mark.parametrize(
+    ("method", "activation"), [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6), ("lrq", 4)]
+)
 def test_one_graph_in_every_dtype(quantized, method, activation, dtype):
     model, plans = quantized("pixart", method=method, activation_bits=activation)
     plan = next(p for p in plans if len(p.linears) == 1)
@@ -108,8 +163,9 @@ def test_one_graph_in_every_dtype(quantized, method, activation, dtype):
     assert y.dtype == dtype and torch.equal(compiled, y)
 
 
-def test_a_model_partly_on_disk(quantized, run, tmp_path):
-    model, _ = quantized("pixart", method="orbitquant_w3", activation_bits=4)
+@pytest.mark.parametrize("method", ["orbitquant_w3", "lrq", "nvfp4"])
+def test_a_model_partly_on_disk(quantized, run, tmp_path, method):
+    model, _ = quantized("pixart", method=method, activation_bits=4)
     model.save_pretrained(tmp_path / "model")
     parts = {name: "cpu" for name, _ in model.named_children()} | {"scale_shift_table": "cpu"}
     again = type(model).from_pretrained(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS
-from dirotq.dirotq_core.rounding import round_gptq, round_nearest, search_scales
+from dirotq.dirotq_core.rounding import round_gptq, round_nearest
 
 FORMATS = sorted(WEIGHT_FORMATS)
 pytestmark = pytest.mark.parametrize("fmt", [WEIGHT_FORMATS[n] for n in FORMATS], ids=FORMATS)
@@ -149,7 +149,7 @@ def test_inputs_are_left_alone(w, fmt):
     h = hessian(400)
     copies = w.clone(), h.clone()
     round_gptq(w, fmt, h)
-    search_scales(w, fmt, h.diagonal())
+    fmt.search_scales(w, h.diagonal())
     assert torch.equal(w, copies[0]) and torch.equal(h, copies[1])
 
 

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dirotq.kernels import linear_a8, pack_bits, pack_int4, unpack_bits, widen
+from dirotq.kernels import (
+    linear_a8,
+    pack_bits,
+    pack_int4,
+    pack_trits,
+    unpack_bits,
+    unpack_trits,
+    widen,
+    widen_trits,
+)
 
 WIDTHS = (2, 3, 4)
 
@@ -90,3 +99,28 @@ def test_the_op_multiplies_widened_codes_exactly(bits):
     y = linear_a8(a, torch.ones(7), None, widen(pack_bits(codes, bits), bits), torch.ones(5), None, None, wide,
                   torch.float32)  # fmt: skip
     assert torch.equal(y.double(), a.double() @ torch.tensor(table).double()[codes].T)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 4), st.integers(1, 33), st.integers(0, 99))
+def test_five_trits_to_a_byte(rows, pairs, seed):
+    columns = 2 * pairs
+    codes = torch.randint(0, 3, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = pack_trits(codes)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-columns // 5))
+    assert torch.equal(unpack_trits(packed, columns), codes)
+    assert torch.equal(widen_trits(packed, columns), pack_int4(codes))
+
+
+def test_trits_are_digits_in_base_three():
+    assert pack_trits(torch.tensor([[1, 2, 0, 0, 2, 1]])).tolist() == [[1 + 2 * 3 + 2 * 81, 1]]
+    assert pack_trits(torch.full((1, 5), 2)).item() == 242
+    # A byte that no codes make still says codes.
+    assert int(unpack_trits(torch.arange(256, dtype=torch.uint8)[:, None], 5).max()) == 2
+
+
+def test_what_are_no_trits():
+    with pytest.raises(ValueError, match=r"integers in 0\.\.2"):
+        pack_trits(torch.tensor([[3]]))
+    with pytest.raises(ValueError, match=r"uint8 \[\.\.\., 2\] is needed for 6 columns"):
+        unpack_trits(torch.zeros(1, 1, dtype=torch.uint8), 6)

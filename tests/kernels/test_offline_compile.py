@@ -17,6 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from dirotq.kernels import (  # noqa: E402
     triton_attention,
+    triton_fp4,
     triton_gptq,
     triton_linear,
     triton_rotate,
@@ -187,6 +188,40 @@ def test_few_tokens_compiles(chip, tokens, tmp_path):
     values = {**LINEAR, "ASM": asm, **triton_w4a16.few_tokens_blocks(tokens)}
     compiled = compile_for(target, triton_w4a16.few_tokens_kernel, A16, values)
     assert not asm or "prmt.b32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
+
+
+NVFP4 = {
+    **WEIGHTS, "codes_ptr": "u8", "blocks_ptr": "u8", "weight_blocks_ptr": "u8",
+    "scale_ptr": "fp32", "weight_scale_ptr": "fp32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 4608])
+@pytest.mark.parametrize(
+    ("chip", "instruction"),
+    [
+        ("sm_100", r"tcgen05\.mma\S*kind::mxf4nvf4\.block_scale"),
+        ("sm_120", r"mma\.sync\S*kind::mxf4nvf4\.block_scale\S*scale_vec::4X\S*e2m1\.e2m1\S*ue4m3"),
+    ],
+)
+def test_nvfp4_compiles_to_the_block_scaled_instruction(chip, instruction, tokens, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    values = {**LINEAR, "NATIVE": True, **triton_fp4.blocks(tokens, True)}
+    compiled = compile_for(target, triton_fp4.linear_nvfp4_kernel, NVFP4, values)
+    assert re.search(instruction, compiled.asm["ptx"])
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx1100", "gfx942"])
+def test_nvfp4_compiles_elsewhere(chip, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    values = {**LINEAR, "NATIVE": False, **triton_fp4.blocks(4608, False)}
+    compiled = compile_for(target, triton_fp4.linear_nvfp4_kernel, NVFP4, values)
+    assert re.search(FLOAT_MATRIX, compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"])
+    if chip == "gfx1100":
+        assert compiled.metadata.shared <= shared_memory
+        pytest.xfail("spills: two decodes of fp32 a tile")
     check(compiled, target, shared_memory, tmp_path)
 
 

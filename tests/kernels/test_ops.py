@@ -31,6 +31,7 @@ def samples():
     table = list(kernels.CODEBOOK16)
     heads = torch.rand(1, 5, 2, 16)
     rest = (w.weight, w.row_scale, w.low_rank, w.bias, table)
+    nvfp4 = [kernels.quantize_nvfp4(torch.randn(rows, 192)) for rows in (5, 33)]
     z_leaf = z.clone().requires_grad_()
     return {
         "rotate_quantize": (*case.arguments, "codebook"),
@@ -42,6 +43,8 @@ def samples():
         "linear_a16, bare": (x, None, w.weight, w.row_scale[:, None], None, None, table),
         "linear": (x, *single.arguments[1:], "int4", *rest),
         "linear, bare": (x, None, None, 1, "int8", w.weight, w.row_scale, None, None, table),
+        "linear_nvfp4": (*nvfp4[0], z, *nvfp4[1], w.low_rank, w.bias, torch.bfloat16),
+        "linear_nvfp4, bare": (*nvfp4[0], None, *nvfp4[1], None, None, torch.float32),
         "dequantize": (w.weight, w.group_scale, table, torch.bfloat16),
         "qk_norm_rope": ([heads], [heads], [heads[0, 0, 0]], [heads[0, 0, 1]], heads[0, :, 0], heads[0, :, 1], 1e-6),
     }

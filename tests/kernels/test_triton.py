@@ -280,6 +280,47 @@ def test_compiled_without_graph_breaks(mode):
     cases.assert_close(compiled(case.x), block(case.x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "k", "n", "device"), shapes())
+def test_linear_nvfp4(m, k, n, device, dtype):
+    """On Blackwell with its own instruction, elsewhere with values decoded to bfloat16: the same exact products."""
+    generator = torch.Generator().manual_seed(m)
+    a = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, k)
+    a[m // 2] = 0
+    w = torch.randn(n, k, generator=generator)
+    w[0, :16] = 0
+    a, w = (kernels.quantize_nvfp4(t.to(device)) for t in (a, w))
+    rest = cases.weights(n, k, 8, device=device)
+    z = torch.randn(m, 8, generator=generator).bfloat16().to(device)
+    for z_or_none, low_rank, bias in ((z, rest.low_rank, rest.bias), (None, None, None)):
+        arguments = (*a, z_or_none, *w, low_rank, bias, dtype)
+        cases.assert_close(kernels.linear_nvfp4(*arguments), by_reference(kernels.linear_nvfp4, *arguments))
+
+
+def e4m3_scales(handle, _compute_type):
+    """What the interpreter lacks: it takes every block scale for a power of two."""
+    return torch.from_numpy(handle.data.copy()).view(torch.float8_e4m3fn).float().numpy()
+
+
+if SMALL:
+
+    @pytest.mark.parametrize(("m", "k", "n"), [(7, 192, 65), (77, 256, 33)])
+    def test_dot_scaled_on_a_cpu(monkeypatch, m, k, n):
+        """The branch for FP4 units: operands, their packing and the layout of their scales."""
+        from triton.runtime import interpreter
+
+        from dirotq.kernels import triton_fp4
+
+        if not hasattr(interpreter, "_dot_scaled_scale_to_f32"):
+            pytest.skip("this Triton interprets dot_scaled in another way")
+        monkeypatch.setattr(interpreter, "_dot_scaled_scale_to_f32", e4m3_scales)
+        monkeypatch.setattr(triton_fp4, "has_native", lambda *_: True)
+        generator = torch.Generator().manual_seed(m)
+        a, w = (kernels.quantize_nvfp4(torch.randn(rows, k, generator=generator)) for rows in (m, n))
+        arguments = (*a, None, *w, None, None, torch.float32)
+        cases.assert_close(kernels.linear_nvfp4(*arguments), by_reference(kernels.linear_nvfp4, *arguments))
+
+
 @pytest.mark.gpu
 def test_offsets_past_31_bits():
     # M · N = 2.2e9 output elements and M · K codes of the same number of bytes.

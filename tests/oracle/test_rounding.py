@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS
-from dirotq.dirotq_core.rounding import SCALE_FACTORS, round_gptq, round_nearest, search_scales
+from dirotq.dirotq_core.codebooks import SCALE_FACTORS, WEIGHT_FORMATS
+from dirotq.dirotq_core.rounding import round_gptq, round_nearest
 
 FORMATS = sorted(WEIGHT_FORMATS)
 SEARCHED = [n for n in FORMATS if WEIGHT_FORMATS[n].searched]
@@ -85,7 +85,7 @@ def test_searched_scale_is_the_best_of_its_grid(oracle, activations, name, weigh
     w, h = problem(activations, 17, 192)
     fmt = WEIGHT_FORMATS[name]
     importance = h.diagonal() ** 2 if weighted else None
-    got = oracle.array(search_scales(w, fmt, importance))
+    got = oracle.array(fmt.search_scales(w, importance))
     w64, weight = oracle.array(w), h.diagonal().numpy() ** 2 if weighted else np.ones(192)
     groups = 3 if fmt.grouped else 1
     start = np.sqrt((w64.reshape(17, groups, -1) ** 2).mean(-1)) / fmt.rms

@@ -1,5 +1,6 @@
 """Twin-Log Quantization (LRQ-DiT, arXiv 2508.03485) in float64 numpy, weight by weight; no code of the package."""
 
+import itertools
 import math
 
 import numpy as np
@@ -29,5 +30,20 @@ def quantize_row(row, share, quantile, bits):
 
 
 def best(row, shares, quantiles, bits):
-    """The least squared error over the grid."""
-    return min(np.sum((quantize_row(row, s, q, bits)[0] - row) ** 2) for s in shares for q in quantiles)
+    """The least squared error over the grid of η and one quantile for each sign."""
+
+    def error(share, up, down):
+        positive, negative = (quantize_row(row, share, q, bits)[0] for q in (up, down))
+        return np.sum((np.where(row >= 0, positive, negative) - row) ** 2)
+
+    return min(error(*point) for point in itertools.product(shares, quantiles, quantiles))
+
+
+def dequantize(code, eta, positive, negative, bits):
+    """ŵ of a code: W_f = 2^(s (q + z)) with s z = log2 η, less η, of the code's sign."""
+    up = code < 2 ** (bits - 1)
+    steps = 2 ** (bits - 1) - 1 if up else 2 ** (bits - 1)
+    zero = math.log2(eta)
+    scale = (math.log2((positive if up else negative) + eta) - zero) / steps
+    magnitude = 2 ** (zero + scale * (code if up else 2**bits - code)) - eta
+    return magnitude if up else -magnitude

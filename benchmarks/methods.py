@@ -1,0 +1,139 @@
+"""Every method at its bit settings on the embedded models: SQNR, PSNR, SSIM, scenes, bits, bytes, time of a step.
+
+    python benchmarks/robuq.py --out /tmp/robuq
+    python benchmarks/methods.py --robuq /tmp/robuq --out benchmarks/results/methods
+
+All see the same calibration activations, prompts and seeds. SQNR: median over the quantized linears of the output's
+signal-to-noise ratio on tokens of held-out prompts; none for RobuQ, whose linears were trained to be others. Images are
+compared with the unquantized model's. Bits count scales, low-rank branches and what rotations store; "linear" those of
+the linears with quantized inputs alone, "all" the whole transformer. Writes OUT.json, OUT.md and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from embedded import Bench, bars, environment
+
+from dirotq.dirotq_core.demo.embedded import MODELS
+
+W4A4 = "W4A4"
+#: Label → configuration. Widths of the 16-bit branch make rows of equal average bits.
+ROWS: dict[str, dict[str, Any]] = {
+    "dirotq r=64 W4A4": {"rank": 64, "activation_bits": 4},
+    "dirotq r=32 W4A4": {"rank": 32, "activation_bits": 4},
+    "dirotq r=4 W4A4": {"rank": 4, "activation_bits": 4},
+    "dirotq r=0 W4A4": {"rank": 0, "activation_bits": 4},
+    "dirotq K/8 W4A4": {"high_fraction": 0.125, "activation_bits": 4},
+    "dirotq r=64 W4A8": {"rank": 64, "activation_bits": 8},
+    "paper K/8 W4A4": {"method": "paper", "activation_bits": 4},
+    "paper K/8 W4A8": {"method": "paper", "activation_bits": 8},
+    "svdquant r=32 W4A4": {"method": "svdquant", "activation_bits": 4},
+    "svdquant r=32 W4A8": {"method": "svdquant", "activation_bits": 8},
+    "orbitquant W4A4": {"method": "orbitquant", "activation_bits": 4},
+    "orbitquant W4A6": {"method": "orbitquant", "activation_bits": 6},
+    "orbitquant W3A3": {"method": "orbitquant_w3", "activation_bits": 3},
+    "orbitquant W2A4": {"method": "orbitquant_w2", "activation_bits": 4},
+    "orbitquant W2A4, GPTQ": {"method": "orbitquant_w2", "activation_bits": 4, "rounding": "gptq"},
+    **{f"lrq W4A{b}": {"method": "lrq", "activation_bits": b} for b in (4, 6, 8)},
+    **{f"lrq W3A{b}": {"method": "lrq_w3", "activation_bits": b} for b in (4, 6, 8)},
+    "hadamard W4A4": {"method": "hadamard", "activation_bits": 4},
+    "hadamard W4A8": {"method": "hadamard", "activation_bits": 8},
+    "nvfp4 W4A4": {"method": "nvfp4", "activation_bits": 4},
+    "nvfp4 W4A16": {"method": "nvfp4", "activation_bits": 16},
+    "nf4 W4A16": {"method": "nf4", "activation_bits": 16},
+    "rtn W4A4": {"method": "rtn", "activation_bits": 4},
+    "rtn W4A8": {"method": "rtn", "activation_bits": 8},
+    "robuq W1.58A4, untrained": {"method": "robuq", "activation_bits": 4},
+}
+#: Label → ending of a folder of `robuq.py`.
+TRAINED = {"robuq W1.58A4": "a4", "robuq W1.58 average A3": "a3", "robuq W1.58 average A2": "a2"}
+COLUMNS = ("SQNR", "PSNR", "SSIM", "scenes", "linear bits", "all bits", "bytes", "step ms")
+
+
+def evaluate(name: str, args: argparse.Namespace) -> list[dict]:
+    bench = Bench(name, args.device, args.prompts, args.calibration, args.batch)
+    rows = [bench.dense_row()]
+    for label, options in ROWS.items():
+        if not args.only or args.only in label:
+            rows.append(bench.quantized_row(label, options))
+            print(format_row(rows[-1]), flush=True)
+    for label, ending in TRAINED.items() if args.robuq else ():
+        folder = args.robuq / f"{name}-{ending}" / "transformer"
+        if not folder.is_dir():
+            print(f"{name}: {label} is left out, there is no {folder}", flush=True)
+            continue
+        trained = type(bench.dense).from_pretrained(folder, torch_dtype=torch.bfloat16).to(args.device)
+        config = trained.hf_quantizer.quantization_config
+        options = {k: v for k, v in config.to_diff_dict().items() if k in ("method", "rank", "site_activation_bits")}
+        rows.append(bench.row(label, trained, options, None, 0.0))
+        print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+def values(r: dict) -> list[str]:
+    """What stands in `COLUMNS`."""
+    return [
+        "" if r.get("sqnr") is None else f"{r['sqnr']:.1f}",
+        f"{r['psnr']:.2f}" if "psnr" in r else "",
+        f"{r['ssim']:.3f}" if "ssim" in r else "",
+        f"{r['accuracy']:.1%}",
+        f"{r['linear_bits']:.2f}" if "linear_bits" in r else "16.00",
+        f"{r['bits']:.2f}",
+        f"{r['bytes']:,}",
+        f"{r['step_ms']:.2f}",
+    ]
+
+
+def format_row(r: dict) -> str:
+    return f"{r['model']:<18} {r['method']:<26} " + " ".join(f"{v:>10}" for v in values(r))
+
+
+def markdown(rows: list[dict], about: dict[str, Any]) -> str:
+    """The tables, one a model."""
+    lines = ["# Every method on the embedded models", "", ", ".join(f"{k} {v}" for k, v in about.items()) + "."]
+    for name in dict.fromkeys(r["model"] for r in rows):
+        lines += ["", f"## {name}", "", f"| method | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+        lines += [f"| {r['method']} | {' | '.join(values(r))} |" for r in rows if r["model"] == name]
+    return "\n".join(lines) + "\n"
+
+
+def colour(label: str) -> str:
+    """Blue for `dirotq`, dark where both sides have 4 bits, light otherwise."""
+    if "dirotq" in label:
+        return "#2a7fb8"
+    return "#777" if label.endswith(W4A4) else "#ccc"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--only", help="only methods whose label contains this")
+    parser.add_argument("--robuq", type=Path, help="folder that robuq.py wrote")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods"))
+    parser.add_argument("--batch", type=int, default=64, help="images drawn at once")
+    parser.add_argument("--join", type=Path, nargs="+", help="only join results of earlier runs, one model each")
+    args = parser.parse_args()
+    if args.join:
+        parts = [json.loads(path.read_text()) for path in args.join]
+        rows, about = [row for part in parts for row in part["rows"]], parts[0]["environment"]
+    else:
+        rows = [row for name in args.models for row in evaluate(name, args)]
+        about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
+    table = markdown(rows, about)
+    print("\n" + table)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(table)
+    bars(rows, args.out.with_suffix(".png"), colour)
+
+
+if __name__ == "__main__":
+    main()
