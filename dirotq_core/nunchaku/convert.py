@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, check_names, check_tensor, checkpoint_tensors
-from ..codebooks import GROUP_SIZE
+from ..codebooks import GROUP_SIZE, PackedFormat
 from ..config import DiRotQConfig
 from ..inspect import skeleton
 from ..layout import SitePlan, linear_at, plan_sites
