@@ -41,7 +41,7 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         queries, keys, values = ([part[i] for part in projected] for i in range(3))
         cos, sin = (angles.to(queries[0].device) for angles in image_rotary_emb)
         query, key = qk_norm_rope(
-            queries, keys, [n.weight for n, _ in norms], [n.weight for _, n in norms], cos, sin, attn.norm_q.eps
+            queries, keys, [_weight(n) for n, _ in norms], [_weight(n) for _, n in norms], cos, sin, attn.norm_q.eps
         )
         value = values[0] if len(values) == 1 else torch.cat(values, 1)
         out = dispatch_attention_fn(
@@ -59,7 +59,7 @@ def applies(attn: FluxAttention, rotary: Any) -> bool:
     """Whether `qk_norm_rope` computes what the attention module asks for.
 
     Not while gradients are recorded (it has none), for merged projections, without positions, or with norms of
-    another kind.
+    another kind or under a hook of diffusers'.
     """
     added = attn.added_kv_proj_dim is not None
     norms = [attn.norm_q, attn.norm_k, *((attn.norm_added_q, attn.norm_added_k) if added else ())]
@@ -69,8 +69,20 @@ def applies(attn: FluxAttention, rotary: Any) -> bool:
         and not getattr(attn, "fused_projections", False)
         and attn.head_dim & (attn.head_dim - 1) == 0
         and all(isinstance(n, nn.RMSNorm) and n.weight is not None and n.eps == attn.norm_q.eps for n in norms)
+        and not any(hasattr(n, "_diffusers_hook") for n in norms)
         and attn.norm_q.eps is not None
     )
+
+
+def _weight(norm: nn.RMSNorm) -> torch.Tensor:
+    """The norm's weight. accelerate's hooks, which keep it on the host or on disk, bring it in for a forward only."""
+    hook = getattr(norm, "_hf_hook", None)
+    if hook is None:
+        return norm.weight
+    hook.pre_forward(norm)
+    weight = norm.weight.detach()
+    hook.post_forward(norm, ())
+    return weight
 
 
 def use_fused_attention(model: nn.Module) -> None:

@@ -86,5 +86,5 @@ def test_what_is_stored_says_the_weights(name, rows, groups, seed, size):
 
 
 def test_unknown_format_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'nf4'.*codebook, codebook_g64, int4_g64, lloyd4"):
+    with pytest.raises(ValueError, match=r"'nf4'.*codebook, codebook_g64, int4_g64, uint4_g64, lloyd4"):
         weight_format("nf4")

@@ -122,7 +122,9 @@ def test_codes_scales_and_weights_are_exact(model, imported):
     assert set(linears) == {*model.linears, *model.modulation}
     for name, module in linears.items():
         stored = dict(module.named_parameters())
-        decoded = module.plan.format.decode(module.plan.format.unpack(stored["weight"]), torch.float64).numpy()
+        decoded = module.plan.format.decode(
+            module.plan.format.unpack(stored["weight"], module.in_features), torch.float64
+        ).numpy()
         if name in model.modulation:
             linear, _ = model.modulation[name]
             np.testing.assert_array_equal(decoded, linear.codes - 7)
@@ -140,7 +142,7 @@ def test_codes_scales_and_weights_are_exact(model, imported):
 def dense(module):
     """The linear's dense weight from its tensors, in float64."""
     plan, site = module.plan, module.site.tensors()
-    w = plan.format.decode(plan.format.unpack(module.weight), torch.float64)
+    w = plan.format.decode(plan.format.unpack(module.weight, module.in_features), torch.float64)
     w = w * plan.format.expand(module.weight_scale.double(), plan.low_features)
     if plan.transform is None:
         return w.numpy()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dirotq
-from dirotq.dirotq_core import cli, rounding
+from dirotq.dirotq_core import cli, codebooks
 from dirotq.dirotq_core.demo.embedded import MODELS
 from dirotq.dirotq_core.methods import METHODS
 
@@ -45,7 +45,7 @@ def desk(tmp_path, monkeypatch, quantized):
     blocks.furnish(folder, quantized)
     monkeypatch.chdir(folder)
     monkeypatch.setitem(METHODS, "dirotq", replace(METHODS["dirotq"], basis="pca", rounding="nearest"))
-    monkeypatch.setattr(rounding, "SCALE_FACTORS", (1.0,))  # no search
+    monkeypatch.setattr(codebooks, "SCALE_FACTORS", (1.0,))  # no search
     for cls in _pipelines():
         monkeypatch.setattr(cls, "__call__", _small(cls.__call__))
     files = Repository.of(MODELS["flux-tiny"].folder).files | {"README.md": BASE_CARD}
