@@ -25,9 +25,9 @@ from .architectures import SUPPORTED, recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
-from .diffusers_habits import ignore_fusing, stop_ignoring_fusing, teach_flux_loras
+from .diffusers_habits import count_as_dense, ignore_fusing, stop_ignoring_fusing, teach_flux_loras
 from .files import check_files, check_headers, read_headers
-from .layout import SitePlan, linear_at, plan_sites
+from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .peft_habits import forget_merging, teach_peft
 from .solve import solve_site
@@ -121,6 +121,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if not self.pre_quantized:
+            self.quantization_config = sparing_float32(self.quantization_config, model)
         config = self.quantization_config
         plans = plan_sites(model, config)
         self._plan_of = {n: p for p in plans for n in p.linears}
@@ -309,6 +311,7 @@ def _finish(model: Any) -> None:
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
+    count_as_dense()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         teach_flux_loras()
     if is_peft_available():

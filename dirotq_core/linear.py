@@ -13,7 +13,7 @@ from torch import nn
 from ..kernels import ops, widen
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from .layout import SitePlan, Spec
-from .transforms import hadamard_block
+from .transforms import SITE_DTYPES, hadamard_block
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,24 @@ def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
     }
 
 
+def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """`tensor` in the dtype of its format. Training scripts cast small parameters, or all, to float32 in place."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+class _PinnedDtypes(nn.Module):
+    """Of dtypes that the format fixes: ``.bfloat16()``, ``.double()`` and the like cast the bias and nothing else."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        free = self._parameters.get("bias")
+
+        def pinned(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if tensor is free or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(pinned, recurse)
+
+
 def _say_slower(kind: str, what: str) -> None:
     """Said once: PyTorch operations where a kernel could be."""
     if not torch.compiler.is_compiling():  # a log line would break the graph
@@ -66,7 +84,7 @@ def _say_once(kind: str, what: str) -> None:
         logger.warning("dirotq: %s; this works in plain PyTorch and is slower than 4 bits", what)
 
 
-class InputSite(nn.Module):
+class InputSite(_PinnedDtypes):
     """Rotates and quantizes an input once for all linears that read it.
 
     Parameters are those of `SitePlan.site_spec`: `basis` bfloat16 [K, r], `signs` int8 [K], …; and `absorbed`, None
@@ -98,7 +116,7 @@ class InputSite(nn.Module):
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """A site tensor, None if this site has none of that name."""
-        return self._parameters.get(name)
+        return _as(self._parameters.get(name), SITE_DTYPES.get(name, torch.bfloat16))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the site that a checkpoint holds."""
@@ -140,7 +158,7 @@ class InputSite(nn.Module):
         y = ops.linear_a8_siblings(
             out.a, out.scale, out.z,
             [m.codes for m in self.members], [m.weight_scale for m in self.members],
-            [m.low_rank for m in self.members if m.low_rank is not None],
+            [m.branch for m in self.members if m.branch is not None],
             [m.bias for m in self.members if m.bias is not None],
             self.members[0].table, x.dtype,
         )  # fmt: skip
@@ -199,7 +217,7 @@ class InputSite(nn.Module):
         return v, z.to(torch.bfloat16)
 
 
-class DiRotQLinear(nn.Linear):
+class DiRotQLinear(_PinnedDtypes, nn.Linear):
     """A linear with packed weights of 2 to 4 bits: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b.
 
     A subclass of `nn.Linear`, so that PEFT and diffusers treat it as one. `weight` is uint8 [N, K'·b/8], the
@@ -248,11 +266,15 @@ class DiRotQLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {kind}, rank={rank}, bias={self.bias is not None}"
 
     @property
+    def branch(self) -> torch.Tensor | None:
+        """L [N, r] of the checkpoint and beside it the columns of absorbed LoRAs, bfloat16."""
+        return _as(self.low_rank, torch.bfloat16)
+
+    @property
     def own_low_rank(self) -> torch.Tensor | None:
         """L [N, r] of the checkpoint, without the columns of absorbed LoRAs."""
-        if self.low_rank is None or not self.site.rank:
-            return None
-        return self.low_rank[:, : self.site.rank]
+        branch = self.branch
+        return None if branch is None or not self.site.rank else branch[:, : self.site.rank]
 
     @property
     def codes(self) -> torch.Tensor:
@@ -285,11 +307,11 @@ class DiRotQLinear(nn.Linear):
             y = site.products(x)[self.index]
         elif (out := site(x)).scale is not None:
             y = ops.linear_a8(
-                out.a, out.scale, out.z, self.codes, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
+                out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, x.dtype
             )
         else:
             scale = self.weight_scale.reshape(self.out_features, -1)
-            y = ops.linear_a16(out.a, out.z, self.codes, scale, self.low_rank, self.bias, self.table)
+            y = ops.linear_a16(out.a, out.z, self.codes, scale, self.branch, self.bias, self.table)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
