@@ -182,6 +182,25 @@ def test_training_beside_weights_cast_to_float32(case, helpers, cast):
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.norm() > 0
 
 
+@pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.01), (8, 0.1)])
+def test_gradients_are_the_dense_models(case, helpers, bits, tolerance):
+    """Of a LoRA's factors: at 16-bit activations those of the dequantized model, else within what activations cost."""
+    import peft
+
+    quantized = case.load(torch_dtype=torch.float32)
+    dirotq.set_activation_bits(quantized, bits)
+    dense = copy.deepcopy(quantized)
+    dense.dequantize()
+    gradients = []
+    for model in (quantized, dense):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=4, target_modules=["to_q", "to_v", "ff.net.0.proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(model.requires_grad_(False), lora)
+        model(**helpers.inputs(model, torch.float32))[0].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.requires_grad]))
+    assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[1].norm()
+
+
 def test_a_few_steps_of_training_reduce_the_loss(flux_case, helpers):
     import peft
 
