@@ -168,17 +168,28 @@ class InputSite(_PinnedDtypes):
         compute = self._multiply if stacked else self.compute
         if self.users == 1:
             return compute(x)
-        # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
-        # count their versions; no transformer we have a recipe for changes one there.
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        how = self._state(x, stacked)
         entry = self.memo.entry
-        how = (version, stacked, self.activation, torch.is_grad_enabled())
-        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == how:
+        if entry is not None and self._holds(entry, x, how):
             out, left = entry[3], entry[4] - 1
         else:
             out, left = compute(x), self.users - 1
         self.memo.entry = (self, x, how, out, left) if left else None
         return out
+
+    def _state(self, x: torch.Tensor, stacked: bool) -> tuple:
+        # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
+        # count their versions; no transformer we have a recipe for changes one there.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        return version, stacked, self.activation, torch.is_grad_enabled()
+
+    def _holds(self, entry: tuple, x: torch.Tensor, how: tuple) -> bool:
+        return entry[0] is self and entry[1] is x and entry[2] == how
+
+    def remembers(self, x: torch.Tensor) -> bool:
+        """Whether `forward` would return what it has computed for x already."""
+        entry = self.memo.entry
+        return entry is not None and self._holds(entry, x, self._state(x, False))
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
         x = x.reshape(-1, x.shape[-1])
@@ -290,9 +301,18 @@ class DiRotQLinear(_PinnedDtypes, nn.Linear):
         name = self.site.activation
         return 16 if name is None else ACTIVATION_FORMATS[name].bits
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype."""
+    def _input(self, x: torch.Tensor) -> SiteOutput:
+        owner = self.site.members[0]
+        if owner is not self and hasattr(owner, "_diffusers_hook") and not self.site.remembers(x):
+            # Group offloading of single layers: the site's tensors come and go with their owner, so its hook must run.
+            return owner(x, site_only=True)
+        return self.site(x)
+
+    def forward(self, x: torch.Tensor, site_only: bool = False) -> Any:
+        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype; with `site_only` the site's `SiteOutput`."""
         site = self.site
+        if site_only:
+            return site(x)
         if site.fused and torch.is_grad_enabled() and x.requires_grad:
             # Integer codes carry no gradient; this op does, with the straight-through estimator. It holds rotation
             # and product in one, so siblings do not share theirs while an adapter is trained.
@@ -305,7 +325,7 @@ class DiRotQLinear(_PinnedDtypes, nn.Linear):
                 y = y + z @ self.low_rank[:, site.rank :].to(x.dtype).T
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
-        elif (out := site(x)).scale is not None:
+        elif (out := self._input(x)).scale is not None:
             y = ops.linear_a8(
                 out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, x.dtype
             )

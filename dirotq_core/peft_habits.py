@@ -114,7 +114,7 @@ def _teach_checks() -> None:
     from diffusers.loaders.peft import PeftAdapterMixin
     from peft.tuners.tuners_utils import BaseTuner
 
-    allowed, fuse = BaseTuner._check_merge_allowed, PeftAdapterMixin.fuse_lora
+    allowed, fuse, unfuse = BaseTuner._check_merge_allowed, PeftAdapterMixin.fuse_lora, PeftAdapterMixin.unfuse_lora
     if hasattr(fuse, "knows_dirotq"):
         return
 
@@ -130,11 +130,25 @@ def _teach_checks() -> None:
         _check_all(self, adapter_names)
         fuse(self, lora_scale, safe_fusing, adapter_names)
 
+    @functools.wraps(unfuse)
+    def unfusing(self: Any) -> None:
+        _refuse_groups(self)
+        unfuse(self)
+
     fusing.knows_dirotq = True  # type: ignore[attr-defined]
-    BaseTuner._check_merge_allowed, PeftAdapterMixin.fuse_lora = checking, fusing  # type: ignore[method-assign]
+    BaseTuner._check_merge_allowed = checking  # type: ignore[method-assign]
+    PeftAdapterMixin.fuse_lora, PeftAdapterMixin.unfuse_lora = fusing, unfusing  # type: ignore[method-assign]
+
+
+def _refuse_groups(model: nn.Module) -> None:
+    """Groups of diffusers' offloading hold the tensors they found: new ones would not move with them."""
+    hooks = (getattr(m, "_diffusers_hook", None) for m in model.modules())
+    if getattr(model, "is_quantized", False) and any(h.get_hook("group_offloading") for h in hooks if h is not None):
+        raise ValueError("a LoRA can be fused or unfused only before enabling group offload")
 
 
 def _check_all(model: nn.Module, names: list[str] | None) -> None:
+    _refuse_groups(model)
     for layer in model.modules():
         base = getattr(layer, "base_layer", None)
         if isinstance(base, DiRotQLinear):
