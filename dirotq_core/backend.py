@@ -25,7 +25,13 @@ from .architectures import SUPPORTED, recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
-from .diffusers_habits import count_as_dense, ignore_fusing, stop_ignoring_fusing, teach_flux_loras
+from .diffusers_habits import (
+    count_as_dense,
+    ignore_fusing,
+    move_in_own_dtype,
+    stop_ignoring_fusing,
+    teach_flux_loras,
+)
 from .files import check_files, check_headers, read_headers
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
@@ -312,6 +318,7 @@ def _finish(model: Any) -> None:
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
     count_as_dense()
+    move_in_own_dtype()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         teach_flux_loras()
     if is_peft_available():

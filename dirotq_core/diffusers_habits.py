@@ -6,6 +6,7 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -61,6 +62,27 @@ def count_as_dense() -> None:
 
     count.knows_dirotq = True  # type: ignore[attr-defined]
     ModelMixin.num_parameters = count  # type: ignore[method-assign]
+
+
+def move_in_own_dtype() -> None:
+    """Let ``.to(device, dtype)`` move a quantized model whose dtype that is already, as pipelines and scripts ask.
+
+    diffusers refuses any dtype, which is right for another. Idempotent.
+    """
+    original = ModelMixin.to
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "quantization_method", None) == "dirotq":
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+            if dtype is not None and dtype == self.dtype:
+                return self if device is None else original(self, device, non_blocking=non_blocking)
+        return original(self, *args, **kwargs)
+
+    to.knows_dirotq = True  # type: ignore[attr-defined]
+    ModelMixin.to = to  # type: ignore[method-assign]
 
 
 def ignore_fusing(model: nn.Module) -> None:

@@ -72,6 +72,12 @@ class _PinnedDtypes(nn.Module):
         return super()._apply(pinned, recurse)
 
 
+def in_offload_group(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading brings in this very module, not a block it is part of."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None
+
+
 def _say_slower(kind: str, what: str) -> None:
     """Said once: PyTorch operations where a kernel could be."""
     if not torch.compiler.is_compiling():  # a log line would break the graph
@@ -303,7 +309,7 @@ class DiRotQLinear(_PinnedDtypes, nn.Linear):
 
     def _input(self, x: torch.Tensor) -> SiteOutput:
         owner = self.site.members[0]
-        if owner is not self and hasattr(owner, "_diffusers_hook") and not self.site.remembers(x):
+        if owner is not self and in_offload_group(owner) and not self.site.remembers(x):
             # Group offloading of single layers: the site's tensors come and go with their owner, so its hook must run.
             return owner(x, site_only=True)
         return self.site(x)

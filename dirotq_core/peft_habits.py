@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .absorb import absorb, check_absorbable, release
-from .linear import DiRotQLinear
+from .linear import DiRotQLinear, in_offload_group
 
 #: On a dense linear of a quantized model: its weights as they were before a LoRA was merged, None while none is.
 BEFORE = "dirotq_before_merging"
@@ -142,8 +142,7 @@ def _teach_checks() -> None:
 
 def _refuse_groups(model: nn.Module) -> None:
     """Groups of diffusers' offloading hold the tensors they found: new ones would not move with them."""
-    hooks = (getattr(m, "_diffusers_hook", None) for m in model.modules())
-    if getattr(model, "is_quantized", False) and any(h.get_hook("group_offloading") for h in hooks if h is not None):
+    if getattr(model, "is_quantized", False) and any(in_offload_group(m) for m in model.modules()):
         raise ValueError("a LoRA can be fused or unfused only before enabling group offload")
 
 
