@@ -36,6 +36,7 @@ from .files import check_files, check_headers, read_headers
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .peft_habits import forget_merging, teach_peft
+from .saving import save_beside
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
@@ -319,6 +320,7 @@ def _finish(model: Any) -> None:
     ignore_fusing(model)
     count_as_dense()
     move_in_own_dtype()
+    save_beside()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         teach_flux_loras()
     if is_peft_available():
