@@ -253,22 +253,6 @@ class DiRotQQuantizer(DiffusersQuantizer):
         """The loader reserves elements / factor of the compute dtype: packed bytes, or 4 bits a weight to be."""
         return 2 if self.pre_quantized else 4
 
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        if not safe_serialization:
-            raise ValueError(
-                "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
-            )
-        if any(".base_layer." in name for name in state_dict):
-            raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
-        if any(name.endswith(".input_site.absorbed") for name in state_dict):
-            raise ValueError(
-                "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
-                "model and the LoRA stay two files"
-            )
-        return state_dict, {}
-
     def _dequantize(self, model: Any) -> Any:
         dequantize_linears(model, model.dtype)
         # The base class forgets the quantizer but not this; the next save would claim to be quantized.

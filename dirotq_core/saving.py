@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 #: Of the folder, inside the checkpoint's, that is written first.
 PREFIX = ".dirotq-saving-"
@@ -29,6 +30,9 @@ def save_beside() -> None:
     @functools.wraps(original)
     def save(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         ours = getattr(self, "quantization_method", None) == "dirotq"
+        if ours:
+            safe = args[2] if len(args) > 2 else kwargs.get("safe_serialization", True)
+            _check(self, safe)
         target = Path(save_directory)
         # Pushing uploads the folder it is given; in a distributed run only one process may tidy up.
         if not ours or kwargs.get("push_to_hub") or not (args[0] if args else kwargs.get("is_main_process", True)):
@@ -47,6 +51,21 @@ def save_beside() -> None:
 
     save.knows_dirotq = True  # type: ignore[attr-defined]
     ModelMixin.save_pretrained = save  # type: ignore[method-assign]
+
+
+def _check(model: nn.Module, safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise ValueError(
+            "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
+        )
+    names = model.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
+    if any(name.endswith(".input_site.absorbed") for name in names):
+        raise ValueError(
+            "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
+            "model and the LoRA stay two files"
+        )
 
 
 def _replace(target: Path, work: Path) -> None:

@@ -16,6 +16,8 @@ from dirotq.dirotq_core.backend import attach_quantizer
 from dirotq.dirotq_core.build import replace_linears
 from dirotq.dirotq_core.layout import plan_sites
 
+from .versions import groups_on_cpu
+
 TRUE_WIDTH = 3072
 RANK = 4
 #: native name → inputs and outputs, in widths
@@ -209,6 +211,7 @@ def test_the_effect_of_fused_layers(request, helpers, block, form):
     assert same(state_of(models[0]), before) and torch.equal(run(models[0], helpers), plain[0])
 
 
+@groups_on_cpu  # diffusers asks for it when it unloads
 def test_a_control_lora_widens_the_input(double, helpers):
     """Depth and Canny of BFL: the picture's channels come beside the latent's, in a layer that stays dense."""
     plain = run(double[0], helpers)
@@ -238,26 +241,26 @@ def test_lokr(case, helpers, tmp_path):
     effects, tuned = [], []
     for model, y in zip(models, plain, strict=True):
         torch.manual_seed(0)
-        wrapped = peft.get_peft_model(model, config, "a")
-        wrapped.add_adapter("b", config)
-        wrapped.base_model.set_adapter(["a", "b"])
+        wrapped = peft.get_peft_model(model, config, "first")
+        wrapped.add_adapter("second", config)
+        wrapped.base_model.set_adapter(["first", "second"])
         for layer in wrapped.modules():
             if isinstance(layer, peft.tuners.lokr.layer.LoKrLayer):
-                layer.set_scale("b", -0.5)
+                layer.set_scale("second", -0.5)
         tuned.append(wrapped.eval())
         effects.append(helpers.run(model) - y)
     assert relative(*effects) < 0.01 and effects[1].norm() > 0.01 * plain[1].norm()
     wrapped = tuned[0]
     both = helpers.run(quantized)
-    saved = {n: t.clone() for n, t in get_peft_model_state_dict(wrapped, adapter_name="a").items()}
+    saved = {n: t.clone() for n, t in get_peft_model_state_dict(wrapped, adapter_name="first").items()}
     assert saved and all("lokr" in n for n in saved)
     for p in wrapped.parameters():
         p.data = torch.zeros_like(p) if p.requires_grad else p.data
-    set_peft_model_state_dict(wrapped, saved, adapter_name="a")
-    wrapped.delete_adapter("b")
-    wrapped.set_adapter("a")
+    set_peft_model_state_dict(wrapped, saved, adapter_name="first")
+    wrapped.delete_adapter("second")
+    wrapped.set_adapter("first")
     assert not torch.equal(helpers.run(quantized), both)
-    tuned[1].delete_adapter("b")
-    tuned[1].set_adapter("a")
+    tuned[1].delete_adapter("second")
+    tuned[1].set_adapter("first")
     assert relative(helpers.run(quantized) - plain[0], helpers.run(models[1]) - plain[1]) < 0.01
     assert same(state_of(wrapped.unload()), before) and torch.equal(helpers.run(quantized), plain[0])

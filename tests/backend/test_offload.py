@@ -14,6 +14,8 @@ from diffusers import FluxPipeline
 import dirotq
 from dirotq.dirotq_core.build import quantized_linears
 
+from .versions import groups_on_cpu
+
 CPU = torch.device("cpu")
 LEVELS = {"leaf_level": {}, "block_level": {"num_blocks_per_group": 1}}
 
@@ -31,6 +33,7 @@ def runs_twice(model, helpers, expected):
 # --- diffusers' group offloading ----------------------------------------------------------------------------------
 
 
+@groups_on_cpu
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("level", LEVELS)
 def test_groups_on_disk(case, helpers, tmp_path, level, bits):
@@ -42,6 +45,7 @@ def test_groups_on_disk(case, helpers, tmp_path, level, bits):
     assert runs_twice(model, helpers, expected)
 
 
+@groups_on_cpu
 @pytest.mark.parametrize("level", LEVELS)
 def test_groups_with_a_lora_loaded_later(flux_case, helpers, level):
     """In memory: on disk diffusers does not write the changed groups again, and a dense model breaks as well."""
@@ -59,6 +63,7 @@ def test_groups_with_a_lora_loaded_later(flux_case, helpers, level):
     assert torch.equal(*outputs) and not torch.equal(outputs[0], helpers.run(loaded(flux_case)))
 
 
+@groups_on_cpu
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_absorbed_lora_moves_along(flux_case, helpers, tmp_path, level):
     model = loaded(flux_case)
@@ -70,6 +75,7 @@ def test_an_absorbed_lora_moves_along(flux_case, helpers, tmp_path, level):
     assert runs_twice(model, helpers, expected)
 
 
+@groups_on_cpu
 def test_fusing_under_group_offload_is_refused(flux_case, tmp_path):
     """The groups hold the tensors that they found; new ones would stay behind, or the old ones come back."""
     model = loaded(flux_case)

@@ -299,26 +299,33 @@ def lora(transformer, rank, seed):
     return state
 
 
-@pytest.mark.parametrize("how", ["whole", "blocks"])
+def swapped(model, helpers, how):
+    """Outputs with three LoRAs in turn, which must not make a model that is compiled compile again."""
+    pipeline = FluxPipeline(None, None, None, None, None, None, model)
+    pipeline.enable_lora_hotswap(target_rank=8)
+    pipeline.load_lora_weights(lora(model, 8, 0), adapter_name="style")
+    if how:
+        torch._dynamo.reset()
+        getattr(model, how)(fullgraph=True, backend="eager")
+    outputs = [helpers.run(model)]
+    for rank in (4, 8):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pipeline.load_lora_weights(lora(model, rank, rank), adapter_name="style", hotswap=True)
+            outputs.append(helpers.run(model))
+    return outputs
+
+
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks"])
 def test_hot_swapping_into_a_compiled_model(flux_case, helpers, how):
     """No recompilation for a LoRA of another rank and other values."""
-    outputs = {}
-    for compiled in (False, True):
-        model = flux_case.load()
-        pipeline = FluxPipeline(None, None, None, None, None, None, model)
-        pipeline.enable_lora_hotswap(target_rank=8)
-        pipeline.load_lora_weights(lora(model, 8, 0), adapter_name="style")
-        if compiled:
-            torch._dynamo.reset()
-            compile_ = model.compile if how == "whole" else model.compile_repeated_blocks
-            compile_(fullgraph=True, backend="eager")
-        outputs[compiled] = [helpers.run(model)]
-        for rank in (4, 8):
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                pipeline.load_lora_weights(lora(model, rank, rank), adapter_name="style", hotswap=True)
-                outputs[compiled].append(helpers.run(model))
-    assert all(torch.equal(a, b) for a, b in zip(outputs[False], outputs[True], strict=True))
-    assert not torch.equal(*outputs[True][:2]) and not torch.equal(*outputs[True][1:])
+    try:
+        swapped(flux_case.load(flux_case.dense), helpers, how)
+    except torch._dynamo.exc.RecompileError:
+        pytest.skip("these versions of diffusers and peft compile a dense model again, too")
+    outputs = swapped(flux_case.load(), helpers, how)
+    expected = swapped(flux_case.load(), helpers, None)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert not torch.equal(*outputs[:2]) and not torch.equal(*outputs[1:])
 
 
 def test_the_quantizer_stays_attached(flux):

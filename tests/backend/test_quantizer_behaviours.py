@@ -16,6 +16,8 @@ from dirotq.dirotq_core.build import quantized_linears, replace_linears
 from dirotq.dirotq_core.layout import plan_sites
 from dirotq.dirotq_core.linear import DiRotQLinear
 
+from .versions import groups_on_cpu
+
 ATTENTION = ("to_q", "to_k", "to_v")
 
 
@@ -241,6 +243,7 @@ def test_compiled_once(case, helpers):
             assert not torch.equal(model(**arguments)[0], first)
 
 
+@groups_on_cpu
 def test_compiled_with_group_offload(case, helpers):
     model = case.load()
     for stack in ("transformer_blocks", "single_transformer_blocks"):  # one block of a kind: tracing each hook is slow

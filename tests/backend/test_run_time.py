@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
-from diffusers.quantizers.base import DiffusersQuantizer
 
 import dirotq
 from dirotq import kernels
@@ -185,7 +184,6 @@ def test_gradients_reach_an_adapter(flux_case, helpers):
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
 
 
-@pytest.mark.skipif(not hasattr(DiffusersQuantizer, "get_state_dict_and_metadata"), reason="needs diffusers 0.39")
 def test_saving_with_an_adapter_is_refused(flux_case, tmp_path):
     model = flux_case.load()
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]))
