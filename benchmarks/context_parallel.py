@@ -4,16 +4,19 @@
 
 Every process holds the whole quantized transformer (real shape, random weights, rank 64) and a part of the tokens.
 Each first draws alone, then together with the others, by Ulysses (heads exchanged) and by ring attention, from the same
-noise with the same text. The pictures need not have equal bits: products of fewer rows add in another order, and a code
-at a tie turns on it. So they are compared by what quantized activations cost in the first place, one GPU's picture
-against its own at 16-bit activations. Process 0 writes results/context_parallel/GPUS.json. --tiny tries it on the CPU.
+noise with the same text; --schemes xdit does it with xDiT's transformer class, if xfuser is installed. The pictures
+need not have equal bits: products of fewer rows add in another order, and a code at a tie turns on it. So they are
+compared by what quantized activations cost in the first place, one GPU's picture against its own at 16-bit
+activations. Process 0 writes results/context_parallel/GPUS.json. --tiny tries it on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler, Fl
 from dirotq import DiRotQConfig, set_activation_bits
 
 RESULTS = Path(__file__).parent / "results" / "context_parallel"
-SCHEMES = ("ulysses", "ring")
+SCHEMES = ("ulysses", "ring", "xdit")
 
 
 def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float | None:
@@ -95,6 +98,38 @@ def parallel(model: Any, scheme: str, count: int) -> None:
         model.enable_parallelism(config=config)
 
 
+def with_xdit(model: Any, args: argparse.Namespace, device: str) -> Any:
+    """The transformer as xDiT's class, which splits the tokens itself; loaded from a checkpoint, as a user would."""
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import (
+        get_runtime_state,
+        init_distributed_environment,
+        initialize_model_parallel,
+        initialize_runtime_state,
+    )
+    from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
+
+    rank, count = dist.get_rank(), dist.get_world_size()
+    names = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(names)
+    if rank == 0:
+        model.save_pretrained(names[0])
+    dist.barrier()
+    made = xFuserFlux1Transformer2DWrapper.from_pretrained(names[0], torch_dtype=torch.bfloat16, device_map=device)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(names[0])
+    init_distributed_environment(rank=rank, world_size=count)
+    initialize_model_parallel(sequence_parallel_degree=count, ulysses_degree=count)
+    engine, _ = xFuserArgs(model="FLUX.1", ulysses_degree=count, attention_backend="sdpa").create_config()
+    initialize_runtime_state(FluxPipeline(None, None, None, None, None, None, made), engine)
+    text = step_models.inputs("flux", args.tiny, args.pixels, 1, device)["encoder_hidden_states"].shape[1]
+    get_runtime_state().set_input_parameters(
+        batch_size=1, num_inference_steps=args.steps, max_condition_sequence_length=text, split_text_embed_in_sp=True
+    )
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
@@ -104,12 +139,12 @@ def main() -> None:
     parser.add_argument("--backend", default="native", help="attention backend of diffusers (default %(default)s)")
     parser.add_argument("--ring-backend", default="_native_cudnn", help="that of ring attention (default %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile_repeated_blocks")
-    parser.add_argument("--schemes", choices=SCHEMES, nargs="+", default=list(SCHEMES))
+    parser.add_argument("--schemes", choices=SCHEMES, nargs="+", default=["ulysses", "ring"])
     parser.add_argument("--out", type=Path, help="a JSON file (default: results/context_parallel/GPUS.json)")
     parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU, to try the script")
     args = parser.parse_args()
     if args.tiny:  # ring attention wants a kernel that the CPU has not
-        args.schemes = ["ulysses"]
+        args.schemes = [s for s in args.schemes if s != "ring"]
     dist.init_process_group("gloo" if args.tiny else "nccl")
     rank, count = dist.get_rank(), dist.get_world_size()
     device = "cpu"
@@ -130,8 +165,12 @@ def main() -> None:
         alone[bits] = drawing(), drawing.seconds(args.repeats)
     rows = []
     for scheme in args.schemes:
-        model.set_attention_backend(args.ring_backend if scheme == "ring" else args.backend)
-        parallel(model, scheme, count)
+        if scheme == "xdit":
+            model = with_xdit(model, args, device)
+            drawing = Drawing(model, args, device)
+        else:
+            model.set_attention_backend(args.ring_backend if scheme == "ring" else args.backend)
+            parallel(model, scheme, count)
         for bits in args.bits:
             set_activation_bits(model, bits)
             drawing()
