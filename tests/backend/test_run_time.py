@@ -63,15 +63,6 @@ def test_siblings_share_one_rotation(case, helpers, monkeypatch):
     assert len(calls) == len(owners)
 
 
-def test_compile_fullgraph(case, helpers):
-    model = case.load()
-    expected = helpers.run(model)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(**helpers.inputs(model))[0], expected)
-
-
 def test_siblings_share_one_rotation_when_compiled(case, helpers):
     model = case.load()
     owners = {m.plan.owner for m in quantized_linears(model).values() if m.plan.quantize_input}
