@@ -106,7 +106,7 @@ def both(cls, parts, helpers, transformers=None, extra=None, prepare=None, **cal
             latents.append(
                 pipeline(generator=torch.Generator().manual_seed(0), output_type="latent", **arguments).images
             )
-    assert torch.isfinite(latents[0]).all() and helpers.sqnr(*latents) > 40
+    assert torch.isfinite(latents[0]).all() and helpers.sqnr(latents[0], latents[-1]) > 40
     return latents[0]
 
 
@@ -278,6 +278,12 @@ def test_caches(flux, helpers, name):
     def prepare(pipeline):
         pipeline.transformer.enable_cache(dict(caches(pipeline))[name])
 
+    try:
+        both(FluxPipeline, flux, helpers, (dense,), prepare=prepare, **steps)
+    except ValueError as error:
+        pytest.skip(f"this version of diffusers fails with a dense model, too: {error}")
+    finally:
+        dense.disable_cache()
     try:
         cached = both(FluxPipeline, flux, helpers, prepare=prepare, **steps)
     finally:
