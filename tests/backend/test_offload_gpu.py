@@ -6,7 +6,7 @@ import gc
 import peft
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 
 import dirotq
 
@@ -159,6 +159,38 @@ def test_pipelines_in_groups(pipeline, draw, images, level, stream):
             assert torch.equal(draw(other).to(CPU), images)
     finally:
         pipeline.to(CPU)
+
+
+def lora(seed):
+    g, state = torch.Generator().manual_seed(seed), {}
+    for name in ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.1.attn.to_q"):
+        for ab, shape in {"A": (4, 192), "B": (192, 4)}.items():
+            state[f"transformer.{name}.lora_{ab}.weight"] = 0.2 * torch.randn(shape, generator=g)
+    return state
+
+
+def test_loras_come_and_go_under_offload(flux_case, helpers):
+    """diffusers takes its hooks off, changes the layers, and puts the hooks back."""
+    outputs = []
+    for method in (None, "enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        pipe = FluxPipeline(None, None, None, None, None, None, loaded(flux_case))
+        if method is None:
+            pipe.to(CUDA)
+        else:
+            getattr(pipe, method)()
+        plain = run(pipe.transformer, helpers)
+        pipe.load_lora_weights(lora(0), adapter_name="a")
+        pipe.load_lora_weights(lora(1), adapter_name="b")
+        pipe.set_adapters(["a", "b"], [0.7, -0.3])
+        both = run(pipe.transformer, helpers)
+        pipe.delete_adapters("a")
+        one = run(pipe.transformer, helpers)
+        pipe.unload_lora_weights()
+        assert torch.equal(run(pipe.transformer, helpers), plain)
+        outputs.append((plain, both, one))
+    for other in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
+    assert not torch.equal(*outputs[0][:2]) and not torch.equal(*outputs[0][1:])
 
 
 def test_a_pipelines_device_map(pipeline, draw, images, tmp_path):
