@@ -17,6 +17,20 @@ ALIGNMENT = 8
 
 
 @torch.no_grad()
+def check_absorbable(linear: DiRotQLinear, down: torch.Tensor, up: torch.Tensor) -> None:
+    """Raise what `absorb` would, and change nothing."""
+    shapes = (linear.out_features, len(down)), (len(down), linear.in_features)
+    if (tuple(up.shape), tuple(down.shape)) != shapes:
+        raise ValueError(
+            f"factors of shapes {shapes[0]} and {shapes[1]} are needed, got {(*up.shape,)}, {(*down.shape,)}"
+        )
+    if any(m.weight.is_meta for m in linear.site.members):
+        raise ValueError("a LoRA can be absorbed only while the model is in memory: fuse it before enabling offload")
+    if not all(torch.isfinite(t.to(torch.bfloat16)).all() for t in (down, up)):
+        raise ValueError("the LoRA holds NaN or infinity, or values beyond bfloat16's range")
+
+
+@torch.no_grad()
 def absorb(linear: DiRotQLinear, down: torch.Tensor, up: torch.Tensor) -> int:
     """Add ΔW = up · down to what `linear` computes, and return the number that `release` wants.
 
@@ -26,18 +40,9 @@ def absorb(linear: DiRotQLinear, down: torch.Tensor, up: torch.Tensor) -> int:
     Raises:
         ValueError: the shapes do not fit, a value is not finite, or a linear of the site is not in memory.
     """
-    site = linear.site
-    shapes = (linear.out_features, len(down)), (len(down), linear.in_features)
-    if (tuple(up.shape), tuple(down.shape)) != shapes:
-        raise ValueError(
-            f"factors of shapes {shapes[0]} and {shapes[1]} are needed, got {(*up.shape,)}, {(*down.shape,)}"
-        )
-    if any(m.weight.is_meta for m in site.members):
-        raise ValueError("a LoRA can be absorbed only while the model is in memory: fuse it before enabling offload")
-    device = linear.weight.device
+    check_absorbable(linear, down, up)
+    site, device = linear.site, linear.weight.device
     down, up = (t.to(device, torch.bfloat16) for t in (down, up))
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        raise ValueError("the LoRA holds NaN or infinity, or values beyond bfloat16's range")
     padding = -len(down) % ALIGNMENT
     down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
     old = site.tensor("absorbed")

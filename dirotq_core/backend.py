@@ -25,14 +25,21 @@ from .architectures import SUPPORTED, recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
-from .diffusers_habits import ignore_fusing, stop_ignoring_fusing, teach_flux_loras
+from .diffusers_habits import (
+    count_as_dense,
+    ignore_fusing,
+    move_in_own_dtype,
+    stop_ignoring_fusing,
+    teach_flux_loras,
+)
 from .files import check_files, check_headers, read_headers
 from .hub import teach_pushing
-from .layout import SitePlan, linear_at, plan_sites
+from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .methods import method
 from .peft_habits import forget_merging, teach_peft
 from .report import QuantizationReport
+from .saving import save_beside
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
@@ -125,6 +132,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if not self.pre_quantized:
+            self.quantization_config = sparing_float32(self.quantization_config, model)
         config = self.quantization_config
         plans = plan_sites(model, config)
         self._plan_of = {n: p for p in plans for n in p.linears}
@@ -248,22 +257,6 @@ class DiRotQQuantizer(DiffusersQuantizer):
         """The loader reserves elements / factor of the compute dtype: packed bytes, or 4 bits a weight to be."""
         return 2 if self.pre_quantized else 4
 
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        if not safe_serialization:
-            raise ValueError(
-                "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
-            )
-        if any(".base_layer." in name for name in state_dict):
-            raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
-        if any(name.endswith(".input_site.absorbed") for name in state_dict):
-            raise ValueError(
-                "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
-                "model and the LoRA stay two files"
-            )
-        return state_dict, {}
-
     def _dequantize(self, model: Any) -> Any:
         dequantize_linears(model, model.dtype)
         # The base class forgets the quantizer but not this; the next save would claim to be quantized.
@@ -319,6 +312,9 @@ def _finish(model: Any) -> None:
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
+    count_as_dense()
+    move_in_own_dtype()
+    save_beside()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         from .flux_attention import use_fused_attention  # its classes are diffusers' FLUX.1 ones
 

@@ -6,6 +6,8 @@ import functools
 import logging
 from typing import Any
 
+import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .linear import DiRotQLinear
@@ -38,6 +40,49 @@ def teach_flux_loras() -> None:
 
     shape.knows_dirotq = True  # type: ignore[attr-defined]
     FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)  # type: ignore[method-assign]
+
+
+def count_as_dense() -> None:
+    """Let `num_parameters` count the weights that packed ones stand for, as it does for other 4-bit formats.
+
+    Idempotent.
+    """
+    original = ModelMixin.num_parameters
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def count(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        packed = [m for m in self.modules() if isinstance(m, DiRotQLinear)]
+        more = 0
+        if not only_trainable:
+            dense = sum(m.in_features * m.out_features for m in packed)
+            more = dense - sum(p.numel() for m in packed for n, p in m.named_parameters() if n != "bias")
+        return original(self, only_trainable, exclude_embeddings) + more
+
+    count.knows_dirotq = True  # type: ignore[attr-defined]
+    ModelMixin.num_parameters = count  # type: ignore[method-assign]
+
+
+def move_in_own_dtype() -> None:
+    """Let ``.to(device, dtype)`` move a quantized model whose dtype that is already, as pipelines and scripts ask.
+
+    diffusers refuses any dtype, which is right for another. Idempotent.
+    """
+    original = ModelMixin.to
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "quantization_method", None) == "dirotq":
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+            if dtype is not None and dtype == self.dtype:
+                return self if device is None else original(self, device, non_blocking=non_blocking)
+        return original(self, *args, **kwargs)
+
+    to.knows_dirotq = True  # type: ignore[attr-defined]
+    ModelMixin.to = to  # type: ignore[method-assign]
 
 
 def ignore_fusing(model: nn.Module) -> None:

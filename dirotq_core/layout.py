@@ -101,6 +101,18 @@ def site_seed(name: str, seed: int) -> int:
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
+def sparing_float32(config: DiRotQConfig, model: torch.nn.Module) -> DiRotQConfig:
+    """`config` for quantizing `model`, without the linears that its class asks diffusers to keep in float32.
+
+    They go into `modules_to_not_convert` and so into the checkpoint, which must not change when a class's list does.
+    """
+    wanted = getattr(type(model), "_keep_in_fp32_modules", None) or []
+    parts = {p for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) for p in n.split(".")}
+    entries = list(config.modules_to_not_convert or [])
+    more = [w for w in wanted if w in parts and w not in entries]
+    return replace(config, modules_to_not_convert=entries + more) if more else config
+
+
 def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
     """The sites of `model` under a resolved `config`, in module order.
 

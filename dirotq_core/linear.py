@@ -14,7 +14,7 @@ from ..kernels import ops, quantize_nvfp4
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from .float4 import NVFP4
 from .layout import SitePlan, Spec
-from .transforms import hadamard_block
+from .transforms import SITE_DTYPES, hadamard_block
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,30 @@ def _empty(spec: Spec, device: torch.device | str) -> dict[str, nn.Parameter]:
     }
 
 
+def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """`tensor` in the dtype of its format. Training scripts cast small parameters, or all, to float32 in place."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+class _PinnedDtypes(nn.Module):
+    """Of dtypes that the format fixes: ``.bfloat16()``, ``.double()`` and the like cast the bias and nothing else."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        free = self._parameters.get("bias")
+
+        def pinned(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if tensor is free or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(pinned, recurse)
+
+
+def in_offload_group(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading brings in this very module, not a block it is part of."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None
+
+
 def _say_slower(kind: str, what: str) -> None:
     """Said once: PyTorch operations where a kernel could be."""
     if not torch.compiler.is_compiling():  # a log line would break the graph
@@ -68,7 +92,7 @@ def _say_once(kind: str, what: str) -> None:
         logger.warning("dirotq: %s; this works in plain PyTorch and is slower than our kernels for 4 bits", what)
 
 
-class InputSite(nn.Module):
+class InputSite(_PinnedDtypes):
     """Rotates and quantizes an input once for all linears that read it.
 
     Parameters are those of `SitePlan.site_spec`: `basis` bfloat16 [K, r], `signs` int8 [K], …; and `absorbed`, None
@@ -101,7 +125,7 @@ class InputSite(nn.Module):
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """A site tensor, None if this site has none of that name."""
-        return self._parameters.get(name)
+        return _as(self._parameters.get(name), SITE_DTYPES.get(name, torch.bfloat16))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the site that a checkpoint holds."""
@@ -143,7 +167,7 @@ class InputSite(nn.Module):
         y = ops.linear_a8_siblings(
             out.a, out.scale, out.z,
             [m.codes for m in self.members], [m.weight_scale for m in self.members],
-            [m.low_rank for m in self.members if m.low_rank is not None],
+            [m.branch for m in self.members if m.branch is not None],
             [m.bias for m in self.members if m.bias is not None],
             self.members[0].table, x.dtype,
         )  # fmt: skip
@@ -153,17 +177,28 @@ class InputSite(nn.Module):
         compute = self._multiply if stacked else self.compute
         if self.users == 1:
             return compute(x)
-        # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
-        # count their versions; no transformer we have a recipe for changes one there.
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        how = self._state(x, stacked)
         entry = self.memo.entry
-        how = (version, stacked, self.activation, torch.is_grad_enabled())
-        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == how:
+        if entry is not None and self._holds(entry, x, how):
             out, left = entry[3], entry[4] - 1
         else:
             out, left = compute(x), self.users - 1
         self.memo.entry = (self, x, how, out, left) if left else None
         return out
+
+    def _state(self, x: torch.Tensor, stacked: bool) -> tuple:
+        # An input changed in place between siblings must not be taken for the old one. Inference tensors do not
+        # count their versions; no transformer we have a recipe for changes one there.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        return version, stacked, self.activation, torch.is_grad_enabled()
+
+    def _holds(self, entry: tuple, x: torch.Tensor, how: tuple) -> bool:
+        return entry[0] is self and entry[1] is x and entry[2] == how
+
+    def remembers(self, x: torch.Tensor) -> bool:
+        """Whether `forward` would return what it has computed for x already."""
+        entry = self.memo.entry
+        return entry is not None and self._holds(entry, x, self._state(x, False))
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
         x = x.reshape(-1, x.shape[-1])
@@ -206,7 +241,7 @@ class InputSite(nn.Module):
         return v, z.to(torch.bfloat16)
 
 
-class DiRotQLinear(nn.Linear):
+class DiRotQLinear(_PinnedDtypes, nn.Linear):
     """A linear with packed weights of 2 to 4 bits: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b, or z Lᵀ + v̂ Ŵᵀ + b.
 
     A subclass of `nn.Linear`, so that PEFT and diffusers treat it as one. `weight` is uint8 [N, K'·b/8], the
@@ -258,11 +293,15 @@ class DiRotQLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {kind}, rank={rank}, bias={self.bias is not None}"
 
     @property
+    def branch(self) -> torch.Tensor | None:
+        """L [N, r] of the checkpoint and beside it the columns of absorbed LoRAs, bfloat16."""
+        return _as(self.low_rank, torch.bfloat16)
+
+    @property
     def own_low_rank(self) -> torch.Tensor | None:
         """L [N, r] of the checkpoint, without the columns of absorbed LoRAs."""
-        if self.low_rank is None or not self.site.rank:
-            return None
-        return self.low_rank[:, : self.site.rank]
+        branch = self.branch
+        return None if branch is None or not self.site.rank else branch[:, : self.site.rank]
 
     @property
     def codes(self) -> torch.Tensor:
@@ -286,9 +325,18 @@ class DiRotQLinear(nn.Linear):
         name = self.site.activation
         return 16 if name is None else ACTIVATION_FORMATS[name].bits
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype."""
+    def _input(self, x: torch.Tensor) -> SiteOutput:
+        owner = self.site.members[0]
+        if owner is not self and in_offload_group(owner) and not self.site.remembers(x):
+            # Group offloading of single layers: the site's tensors come and go with their owner, so its hook must run.
+            return owner(x, site_only=True)
+        return self.site(x)
+
+    def forward(self, x: torch.Tensor, site_only: bool = False) -> Any:
+        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype; with `site_only` the site's `SiteOutput`."""
         site = self.site
+        if site_only:
+            return site(x)
         if site.fused and torch.is_grad_enabled() and x.requires_grad:
             # Integer codes carry no gradient; this op does, with the straight-through estimator. It holds rotation
             # and product in one, so siblings do not share theirs while an adapter is trained.
@@ -301,27 +349,27 @@ class DiRotQLinear(nn.Linear):
                 y = y + z @ self.low_rank[:, site.rank :].to(x.dtype).T
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
-        elif (out := site(x)).blocks is not None:
+        elif (out := self._input(x)).blocks is not None:
             y = ops.linear_nvfp4(
-                out.a, out.blocks, out.scale, out.z, self.weight, self.block_scale, self.weight_scale, self.low_rank,
+                out.a, out.blocks, out.scale, out.z, self.weight, self.block_scale, self.weight_scale, self.branch,
                 self.bias, x.dtype,
             )  # fmt: skip
         elif self.table is None:
             y = self._dense_product(out)
         elif out.scale is not None:
             y = ops.linear_a8(
-                out.a, out.scale, out.z, self.codes, self.weight_scale, self.low_rank, self.bias, self.table, x.dtype
+                out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, x.dtype
             )
         else:
             scale = self.weight_scale.reshape(self.out_features, -1)
-            y = ops.linear_a16(out.a, out.z, self.codes, scale, self.low_rank, self.bias, self.table)
+            y = ops.linear_a16(out.a, out.z, self.codes, scale, self.branch, self.bias, self.table)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _dense_product(self, out: SiteOutput) -> torch.Tensor:
         """Over Ŵ in the activations' dtype, for formats that no op multiplies."""
         _say_slower(out.a.device.type, f"{self.format.name} weights are dequantized before every product")
         w = self.format.values(self.format.unpack(self.weight, self.low_features), self.stored)
-        return dense_product(out.a, out.z, w, self.low_rank, self.bias)
+        return dense_product(out.a, out.z, w, self.branch, self.bias)
 
     @torch.no_grad()
     def dequantized_weight(self) -> torch.Tensor:

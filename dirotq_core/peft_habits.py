@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .absorb import absorb, release
-from .linear import DiRotQLinear
+from .absorb import absorb, check_absorbable, release
+from .linear import DiRotQLinear, in_offload_group
 
 #: On a dense linear of a quantized model: its weights as they were before a LoRA was merged, None while none is.
 BEFORE = "dirotq_before_merging"
@@ -24,6 +24,7 @@ def teach_peft(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
             module.__dict__.setdefault(BEFORE, None)
+    _teach_checks()
     _teach_lora()
     _teach_dora()
     _teach_lycoris()
@@ -60,6 +61,8 @@ def _teach_lora() -> None:
         if isinstance(base, DiRotQLinear) and self.merged:
             for number in self.__dict__.pop("dirotq_absorbed", []):
                 release(base, number)
+            if (before := self.__dict__.pop("dirotq_bias", None)) is not None and base.bias is not None:
+                base.bias.data = before.to(base.bias.device)
             self.merged_adapters.clear()
         elif self.merged and base.__dict__.get(BEFORE) is not None:
             for tensor, before in zip((base.weight, base.bias), base.__dict__[BEFORE], strict=True):
@@ -74,18 +77,83 @@ def _teach_lora() -> None:
     Linear.merge, Linear.unmerge = merging, unmerging  # type: ignore[method-assign]
 
 
-def _absorb_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
-    for name in names:  # before any is absorbed: all or none
+def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [q, K] and B [N, q] of the adapter `name`, its scale in B."""
+    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach().float() * layer.scaling[name]
+
+
+def _check_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
+    """Raise what merging `names` of a layer over `base` would, and change nothing."""
+    for name in names:
+        if not hasattr(layer, "lora_A"):  # LoKr, LoHa, …
+            raise _not_absorbed(name, type(layer).__module__.split(".")[-2])
+        if name not in layer.lora_A:
+            continue
         variant = getattr(layer, "lora_variant", {}).get(name)
         if variant is not None:
             raise _not_absorbed(name, type(variant).__name__.removesuffix("LinearVariant"))
-        if getattr(layer, "lora_bias", {}).get(name):
-            raise _not_absorbed(name, "a LoRA with a bias")
+        if getattr(layer, "lora_bias", {}).get(name) and base.bias is None:
+            raise _not_absorbed(name, "a LoRA with a bias, which the layer has not")
+        check_absorbable(base, *_factors(layer, name))
+
+
+def _absorb_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
+    _check_adapters(layer, base, names)
     for name in names:
-        up = layer.lora_B[name].weight.detach().float() * layer.scaling[name]
-        number = absorb(base, layer.lora_A[name].weight.detach(), up)
-        layer.__dict__.setdefault("dirotq_absorbed", []).append(number)
+        layer.__dict__.setdefault("dirotq_absorbed", []).append(absorb(base, *_factors(layer, name)))
+        if getattr(layer, "lora_bias", {}).get(name):
+            assert base.bias is not None
+            layer.__dict__.setdefault("dirotq_bias", base.bias.detach().clone())
+            more = layer.lora_B[name].bias.detach() * layer.scaling[name]
+            base.bias.data = base.bias.data + more.to(base.bias.device, base.bias.dtype)
         layer.merged_adapters.append(name)
+
+
+def _teach_checks() -> None:
+    """Merging goes layer by layer; what cannot be absorbed must be found before the first has changed."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from peft.tuners.tuners_utils import BaseTuner
+
+    allowed, fuse, unfuse = BaseTuner._check_merge_allowed, PeftAdapterMixin.fuse_lora, PeftAdapterMixin.unfuse_lora
+    if hasattr(fuse, "knows_dirotq"):
+        return
+
+    @functools.wraps(allowed)
+    def checking(self: Any) -> None:
+        allowed(self)
+        _check_all(self.model, None)
+
+    @functools.wraps(fuse)
+    def fusing(
+        self: Any, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        _check_all(self, adapter_names)
+        fuse(self, lora_scale, safe_fusing, adapter_names)
+
+    @functools.wraps(unfuse)
+    def unfusing(self: Any) -> None:
+        _refuse_groups(self)
+        unfuse(self)
+
+    fusing.knows_dirotq = True  # type: ignore[attr-defined]
+    BaseTuner._check_merge_allowed = checking  # type: ignore[method-assign]
+    PeftAdapterMixin.fuse_lora, PeftAdapterMixin.unfuse_lora = fusing, unfusing  # type: ignore[method-assign]
+
+
+def _refuse_groups(model: nn.Module) -> None:
+    """Groups of diffusers' offloading hold the tensors they found: new ones would not move with them."""
+    if getattr(model, "is_quantized", False) and any(in_offload_group(m) for m in model.modules()):
+        raise ValueError("a LoRA can be fused or unfused only before enabling group offload")
+
+
+def _check_all(model: nn.Module, names: list[str] | None) -> None:
+    _refuse_groups(model)
+    for layer in model.modules():
+        base = getattr(layer, "base_layer", None)
+        if isinstance(base, DiRotQLinear):
+            tuner: Any = layer
+            wanted = tuner.active_adapters if names is None else names
+            _check_adapters(tuner, base, [n for n in wanted if n not in tuner.merged_adapters])
 
 
 def _not_absorbed(name: str, kind: str) -> ValueError:

@@ -13,7 +13,7 @@ from .backend import DENSE_DTYPES, attach_quantizer
 from .build import quantized_linears, solved_modules, swapped
 from .calibrate import Calibration
 from .config import DiRotQConfig
-from .layout import SitePlan, linear_at, plan_sites
+from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import SiteMemo
 from .report import QuantizationReport
 from .solve import SolvedSite, solve_site
@@ -69,7 +69,7 @@ def quantize(
         if name in (call or {}):
             raise ValueError(f"call must not hold {name!r}; calibration sets it for each prompt")
     prompts = list(prompts or [])
-    config = (config or DiRotQConfig()).resolved(calibrated=bool(prompts))
+    config = sparing_float32((config or DiRotQConfig()).resolved(calibrated=bool(prompts)), model)
     plans = plan_sites(model, config)
     _refuse_unready(model, plans)
     calibration = Calibration(model, plans)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..config import DiRotQConfig
 from ..files import read_headers
-from ..layout import plan_sites
+from ..layout import plan_sites, sparing_float32
 from ..report import QuantizationReport
 from ..solve import LinearReport
 from .blocks import Block, cut_into_blocks, pinned, place_buffers, read_ahead
@@ -81,6 +81,7 @@ def quantize_checkpoint(
     if images and source.root is None:
         raise ValueError(f"{model} is a transformer without its pipeline, which calibration runs; only data-free works")
     skeleton = source.model(options.dtype)
+    config = sparing_float32(config, skeleton)
     plans = plan_sites(skeleton, config)
     source.check(skeleton)
     wanted = fingerprint(source, config, images, call, options)
@@ -148,6 +149,7 @@ def plan_checkpoint(
     check_call(call)
     source = open_source(model, weights=Path(model).is_dir())
     skeleton = source.model(options.dtype)
+    config = sparing_float32(config, skeleton)
     plans = plan_sites(skeleton, config)
     if source.entries:
         source.check(skeleton)

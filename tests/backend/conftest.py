@@ -118,6 +118,32 @@ def helpers():
     return SimpleNamespace(run=run, sqnr=sqnr, inputs=inputs)
 
 
+@pytest.fixture(scope="session", params=["pixart-sigma-tiny", "flux-tiny"])
+def pipeline(request):
+    """An embedded pipeline with its transformer quantized without data; leave it as it was."""
+    from dirotq.dirotq_core.demo.embedded import load_pipeline
+
+    made = load_pipeline(request.param, torch.bfloat16)
+    dirotq.quantize(made, dirotq.DiRotQConfig(activation_bits=8), progress=False)
+    return made
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """`draw(pipeline, …)` → pictures of one caption, two steps, one seed."""
+    from dirotq.dirotq_core.demo.embedded import MODELS
+
+    calls = {m.pipeline: m.call for m in MODELS.values()}
+
+    def make(pipeline, prompt="a large red square above a small yellow triangle on orange", **kwargs):
+        call = calls["PixArtSigmaPipeline" if "PixArt" in type(pipeline).__name__ else "FluxPipeline"]
+        arguments = {**call, "num_inference_steps": 2, "output_type": "pt", **kwargs}
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(prompt, generator=generator, **arguments).images
+
+    return make
+
+
 FILE = "diffusion_pytorch_model.safetensors"
 WEIGHT = "single_transformer_blocks.0.proj_out.weight"
 SCALE = "single_transformer_blocks.0.proj_out.weight_scale"

@@ -21,7 +21,12 @@ def maps(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_disk_offload_keeps_the_bits(case, helpers, tmp_path, which, dtype):
     expected = helpers.run(case.load(torch_dtype=dtype))
-    model = case.load(torch_dtype=dtype, device_map=maps(case)[which], offload_folder=str(tmp_path / "offload"))
+    try:
+        model = case.load(torch_dtype=dtype, device_map=maps(case)[which], offload_folder=str(tmp_path / "offload"))
+    except ValueError as error:
+        if "offload the whole model to the disk" not in str(error):
+            raise
+        pytest.skip("this version of accelerate refuses a model that is all on disk")
     assert any(p.is_meta for p in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(**helpers.inputs(model, dtype))[0], expected)

@@ -6,15 +6,10 @@ import logging
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from diffusers.quantizers.base import DiffusersQuantizer
 
 import dirotq
 from dirotq.dirotq_core import backend
 from dirotq.dirotq_core.build import quantized_linears
-
-asked_when_saving = pytest.mark.skipif(
-    not hasattr(DiffusersQuantizer, "get_state_dict_and_metadata"), reason="needs diffusers 0.39"
-)
 
 
 def test_on_the_fly_is_close_and_says_so(case, helpers, caplog):
@@ -129,7 +124,6 @@ def test_a_config_object_is_not_changed_by_loading(case):
     assert config == dirotq.DiRotQConfig()
 
 
-@asked_when_saving
 def test_pickle_is_refused(case, tmp_path):
     with pytest.raises(ValueError, match="safetensors only"):
         case.load().save_pretrained(tmp_path, safe_serialization=False)

@@ -8,7 +8,7 @@ import copy
 import peft
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft.utils import get_peft_model_state_dict
 
 import dirotq
@@ -221,6 +221,25 @@ def test_other_adapters(pair, helpers, kind, make):
     with pytest.raises(ValueError, match="4-bit weights cannot absorb it, so leave it loaded beside"):
         tuned.merge()
     assert same(state_of(pair[0].transformer), beside) and set(before) != set(beside)
+
+
+def test_a_refused_fusion_changes_nothing(case, helpers):
+    """Dense layers come first in both models; none of them may be merged when a quantized one refuses."""
+    model = case.load()
+    before_all = state_of(model)
+    dense = "x_embedder" if "Flux" in case.cls.__name__ else "linear_1"
+    dora = peft.LoraConfig(r=4, target_modules=[dense, "to_q"], use_dora=True, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, dora, "a")
+    before = state_of(model)
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(ValueError, match="adapter 'a' is Dora, not a plain LoRA: 4-bit weights cannot absorb it"):
+            merge()
+        assert same(state_of(model), before)
+    if isinstance(model, FluxTransformer2DModel):
+        with pytest.raises(ValueError, match="cannot absorb it"):
+            pipeline_of(model).fuse_lora()
+    assert same(state_of(model), before)
+    assert same(state_of(wrapped.unload()), before_all)
 
 
 # --- PixArt, which diffusers gives no LoRA loader; PEFT itself works -----------------------------------------------

@@ -1,0 +1,86 @@
+"""Saving over an earlier checkpoint: killed or out of space on the way, the earlier one is still there and whole."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+#: Of the folder, inside the checkpoint's, that is written first.
+PREFIX = ".dirotq-saving-"
+
+
+def save_beside() -> None:
+    """Let `save_pretrained` of a quantized model write everything beside an earlier checkpoint before replacing it.
+
+    diffusers writes in place: killed, it leaves neither; and a model whose tensors are still mapped from that file
+    loses them. Idempotent.
+    """
+    original = ModelMixin.save_pretrained
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def save(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        ours = getattr(self, "quantization_method", None) == "dirotq"
+        if ours:
+            safe = args[2] if len(args) > 2 else kwargs.get("safe_serialization", True)
+            _check(self, safe)
+        target = Path(save_directory)
+        # Pushing uploads the folder it is given; in a distributed run only one process may tidy up.
+        if not ours or kwargs.get("push_to_hub") or not (args[0] if args else kwargs.get("is_main_process", True)):
+            return original(self, save_directory, *args, **kwargs)
+        if target.is_file():
+            raise ValueError(f"{target} is a file; give a folder to save the model in")
+        target.mkdir(parents=True, exist_ok=True)
+        for left in target.glob(f"{PREFIX}*"):
+            shutil.rmtree(left)  # of a save that was killed
+        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target))
+        try:
+            original(self, work, *args, **kwargs)
+            _replace(target, work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    save.knows_dirotq = True  # type: ignore[attr-defined]
+    ModelMixin.save_pretrained = save  # type: ignore[method-assign]
+
+
+def _check(model: nn.Module, safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise ValueError(
+            "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
+        )
+    names = model.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
+    if any(name.endswith(".input_site.absorbed") for name in names):
+        raise ValueError(
+            "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
+            "model and the LoRA stay two files"
+        )
+
+
+def _replace(target: Path, work: Path) -> None:
+    """Move the files of `work` over those of `target`; take away what only the earlier save of this variant had."""
+    new = sorted(work.iterdir(), key=lambda p: (p.suffix == ".json", p.name))
+    names = {p.name for p in new}
+    weights = next(p.name for p in new if p.suffix == ".safetensors")
+    # name.variant-00001-of-00003.safetensors, name.safetensors.index.variant.json; with or without these parts.
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", weights)
+    name, _, variant = stem.partition(".")
+    shards = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    index = target / (f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json")
+    index.unlink(missing_ok=True)  # rather no model than one of old and new shards, if killed from here on
+    for file in new:
+        os.replace(file, target / file.name)
+    for file in list(target.iterdir()):
+        if shards.fullmatch(file.name) and file.name not in names:
+            file.unlink()

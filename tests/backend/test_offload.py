@@ -1,0 +1,152 @@
+"""Every way of keeping weights elsewhere gives the bits of the resident model.
+
+On the CPU, with the CPU as the device to compute on. That shows little where weights only move from the CPU to the CPU;
+on disk, though, or on meta, a tensor that was not brought in is missing or garbage. tests/backend/test_offload_gpu.py
+has the same with a GPU.
+"""
+
+import accelerate
+import peft
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+import dirotq
+from dirotq.dirotq_core.build import quantized_linears
+
+from .versions import groups_on_cpu
+
+CPU = torch.device("cpu")
+LEVELS = {"leaf_level": {}, "block_level": {"num_blocks_per_group": 1}}
+
+
+def loaded(case, bits=8, **kwargs):
+    model = case.load(**kwargs)
+    dirotq.set_activation_bits(model, bits)
+    return model
+
+
+def runs_twice(model, helpers, expected):
+    return all(torch.equal(helpers.run(model), expected) for _ in range(2))
+
+
+# --- diffusers' group offloading ----------------------------------------------------------------------------------
+
+
+@groups_on_cpu
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_groups_on_disk(case, helpers, tmp_path, level, bits):
+    """FLUX.1's single blocks call proj_mlp before to_q, which owns the tensors that both need."""
+    expected = helpers.run(loaded(case, bits))
+    model = loaded(case, bits)
+    model.enable_group_offload(CPU, CPU, level, offload_to_disk_path=str(tmp_path), **LEVELS[level])
+    assert list(tmp_path.glob("*.safetensors"))
+    assert runs_twice(model, helpers, expected)
+
+
+@groups_on_cpu
+@pytest.mark.parametrize("level", LEVELS)
+def test_groups_with_a_lora_loaded_later(flux_case, helpers, level):
+    """In memory: on disk diffusers does not write the changed groups again, and a dense model breaks as well."""
+    g, lora = torch.Generator().manual_seed(0), {}
+    for name, n in [("single_transformer_blocks.0.proj_mlp", 768), ("transformer_blocks.0.attn.to_k", 192)]:
+        for ab, shape in {"A": (4, 192), "B": (n, 4)}.items():
+            lora[f"transformer.{name}.lora_{ab}.weight"] = 0.1 * torch.randn(shape, generator=g)
+    outputs = []
+    for offload in (False, True):
+        model = loaded(flux_case)
+        if offload:
+            model.enable_group_offload(CPU, CPU, level, **LEVELS[level])
+        FluxPipeline(None, None, None, None, None, None, model).load_lora_weights(dict(lora))
+        outputs.append(helpers.run(model))
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], helpers.run(loaded(flux_case)))
+
+
+@groups_on_cpu
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_absorbed_lora_moves_along(flux_case, helpers, tmp_path, level):
+    model = loaded(flux_case)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    model.fuse_lora()
+    model.unload_lora()
+    expected = helpers.run(model)
+    model.enable_group_offload(CPU, CPU, level, offload_to_disk_path=str(tmp_path), **LEVELS[level])
+    assert runs_twice(model, helpers, expected)
+
+
+@groups_on_cpu
+def test_fusing_under_group_offload_is_refused(flux_case, tmp_path):
+    """The groups hold the tensors that they found; new ones would stay behind, or the old ones come back."""
+    model = loaded(flux_case)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]))
+    model.enable_group_offload(CPU, CPU, "leaf_level")
+    for change in (model.fuse_lora, model.unfuse_lora):
+        with pytest.raises(ValueError, match="before enabling group offload"):
+            change()
+
+
+# --- accelerate ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_sequential_offload(case, helpers, bits):
+    """What `enable_sequential_cpu_offload` does to the transformer."""
+    expected = helpers.run(loaded(case, bits))
+    model = loaded(case, bits)
+    accelerate.cpu_offload(model, CPU)
+    assert all(p.is_meta for p in model.parameters())
+    assert runs_twice(model, helpers, expected)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert not any(p.is_meta for p in model.parameters()) and runs_twice(model, helpers, expected)
+
+
+def test_absorbed_loras_under_sequential_offload(flux_case, helpers):
+    model = loaded(flux_case)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    with_adapter = helpers.run(model)
+    accelerate.cpu_offload(model, CPU)
+    with pytest.raises(ValueError, match="fuse it before enabling offload"):
+        model.fuse_lora()
+    assert torch.equal(helpers.run(model), with_adapter)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    model.fuse_lora()
+    model.unload_lora()
+    expected = helpers.run(model)
+    accelerate.cpu_offload(model, CPU)
+    assert runs_twice(model, helpers, expected)
+
+
+def test_model_offload(pipeline, draw):
+    expected = draw(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(draw(pipeline), expected)
+    pipeline.remove_all_hooks()
+    assert torch.equal(draw(pipeline), expected)
+
+
+# --- what else saves memory ---------------------------------------------------------------------------------------
+
+
+def test_vae_tiling_and_slicing(pipeline, draw):
+    """They concern the VAE alone: latents keep their bits."""
+    expected = draw(pipeline, output_type="latent")
+    pipeline.vae.enable_slicing()
+    pipeline.vae.enable_tiling()
+    try:
+        assert torch.equal(draw(pipeline, output_type="latent"), expected)
+        assert torch.isfinite(draw(pipeline)).all()
+    finally:
+        pipeline.vae.disable_slicing()
+        pipeline.vae.disable_tiling()
+
+
+def test_layerwise_casting_leaves_packed_tensors_alone(case, helpers):
+    model = loaded(case)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    quantized = tuple(quantized_linears(model))
+    cast = {n for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert cast and not any(n.startswith(quantized) for n in cast)
+    assert torch.isfinite(helpers.run(model)).all()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n.startswith(quantized))

@@ -1,0 +1,232 @@
+"""Saving that is killed, threads that share a process, and what is said where Triton cannot run."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import dirotq
+from dirotq import kernels
+from dirotq.kernels import backend
+
+# --- saving -------------------------------------------------------------------------------------------------------
+
+#: Saves other activation bits over a checkpoint, and is killed when a part of the weights is written.
+KILLED = """
+import os, signal, sys, torch, dirotq, safetensors.torch
+from diffusers import FluxTransformer2DModel
+model = FluxTransformer2DModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+dirotq.set_activation_bits(model, 4)
+with torch.no_grad():
+    model.x_embedder.bias.add_(1)
+write, files = safetensors.torch.save_file, []
+def interrupted(tensors, path, metadata=None):
+    files.append(path)
+    if len(files) == int(sys.argv[2]):
+        open(path, "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(tensors, path, metadata)
+safetensors.torch.save_file = interrupted
+model.save_pretrained(sys.argv[1], max_shard_size=sys.argv[3])
+"""
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(("write", "shard"), [(1, "5GB"), (2, "200KB")])
+def test_killed_while_saving_over_a_checkpoint(flux_case, helpers, tmp_path, write, shard):
+    model = flux_case.load()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    before = files_of(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(write), shard], stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert files_of(tmp_path) == before
+    assert torch.equal(helpers.run(flux_case.load(tmp_path)), helpers.run(model))
+    model.save_pretrained(tmp_path, max_shard_size=shard)  # which clears what the killed one left
+    assert [p for p in tmp_path.iterdir() if p.is_dir()] == [] and files_of(tmp_path) == before
+
+
+def test_a_full_disk_while_saving(flux_case, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    model = flux_case.load()
+    model.save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert files_of(tmp_path) == before and len(list(tmp_path.iterdir())) == len(before)
+
+
+@pytest.mark.parametrize("variant", [None, "w4a8"])
+def test_saving_over_the_own_source(flux_case, helpers, tmp_path, variant):
+    """Tensors may still be mapped from the file; shards that the new save has not are gone, other files stay."""
+    flux_case.load().save_pretrained(tmp_path, max_shard_size="200KB", variant=variant)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "diffusion_pytorch_model.other.safetensors").write_bytes(b"another variant")
+    model = flux_case.load(tmp_path, variant=variant)
+    expected = helpers.run(model)
+    model.save_pretrained(tmp_path, variant=variant)
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    others = {"README.md", "config.json", "diffusion_pytorch_model.other.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.safetensors"} | others
+    assert torch.equal(helpers.run(model), expected)
+    assert torch.equal(helpers.run(flux_case.load(tmp_path, variant=variant)), expected)
+
+
+def test_a_file_in_the_way_is_named(flux_case, tmp_path):
+    (tmp_path / "model").write_text("")
+    with pytest.raises(ValueError, match=r"model is a file; give a folder"):
+        flux_case.load().save_pretrained(tmp_path / "model")
+
+
+def test_other_models_are_saved_as_ever(flux_case, tmp_path):
+    flux_case.load()  # which teaches diffusers
+    flux_case.load(flux_case.dense).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+def at_once(*jobs):
+    """Results of the functions, each in a thread of its own, begun together."""
+    results, errors = [None] * len(jobs), []
+    gate = threading.Barrier(len(jobs))
+
+    def work(i, job):
+        gate.wait()
+        try:
+            results[i] = job()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(jobs)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors
+    return results
+
+
+def test_two_pipelines_at_once(pipeline, draw):
+    """Each its own transformer, activation bits, scheduler and tokenizers (of which old ones know one thread)."""
+    pipes, captions = [], ["a small blue circle on white", "a large red square on green"]
+    for bits in (4, 8):
+        twin = copy.deepcopy(pipeline.transformer)
+        dirotq.set_activation_bits(twin, bits)
+        own = {k: copy.deepcopy(v) for k, v in pipeline.components.items() if not isinstance(v, torch.nn.Module)}
+        pipes.append(type(pipeline)(**{**pipeline.components, **own, "transformer": twin}))
+        pipes[-1].set_progress_bar_config(disable=True)
+    jobs = [lambda p=p, c=c: draw(p, c, num_inference_steps=4) for p, c in zip(pipes, captions, strict=True)]
+    expected = [job() for job in jobs]
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(at_once(*jobs), expected, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["one product", "one by one"])
+def test_one_transformer_in_two_threads(case, helpers, fused):
+    """What siblings share of an input is kept per model, in one slot, which the threads write in turn."""
+    model = case.load()
+    dirotq.set_activation_bits(model, 8 if fused else 16)
+    arguments = [helpers.inputs(model) for _ in range(2)]
+    arguments[1]["hidden_states"] = -arguments[1]["hidden_states"]
+
+    @torch.no_grad()
+    def job(i):
+        return [model(**arguments[i])[0] for _ in range(8)]
+
+    expected = [job(0)[0], job(1)[0]]
+    assert not torch.equal(*expected)
+    for result, y in zip(at_once(lambda: job(0), lambda: job(1)), expected, strict=True):
+        assert all(torch.equal(x, y) for x in result)
+
+
+# --- where Triton cannot run --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untold():
+    """Nothing has been found out or said before, or is remembered afterwards."""
+    for cached in (backend._obstacle, backend._say_once):
+        cached.cache_clear()
+    yield
+    for cached in (backend._obstacle, backend._say_once):
+        cached.cache_clear()
+
+
+def test_on_the_cpu_nothing_is_warned_of(flux_case, helpers, untold):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.isfinite(helpers.run(flux_case.load())).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("mps", "Triton kernels run on CUDA and ROCm devices, not on mps"),
+     ("xpu", "Triton kernels run on CUDA and ROCm devices, not on xpu")],
+)  # fmt: skip
+def test_other_devices_are_told_that_it_is_plain_pytorch(kind, said, untold):
+    """macOS's among them."""
+    with pytest.warns(RuntimeWarning, match=f"dirotq computes in plain PyTorch: {said}"):
+        function = backend.implementation("linear_a8", torch.device(kind))
+    assert function is kernels.reference.linear_a8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        backend.implementation("linear_a8", torch.device(kind))
+
+
+@pytest.mark.parametrize(
+    ("properties", "said"),
+    [
+        ({"version": "3.2.0"}, r"Triton 3\.2\.0 is older than 3\.4, which the kernels need"),
+        ({"capability": (7, 5)}, "Tesla T4 is sm_75; the kernels need sm_80 or newer"),
+        ({"missing": "linux"}, r"Triton is not installed \(pip install triton\)"),
+        ({"missing": "win32"}, r"Triton is not installed \(pip install triton-windows\)"),
+    ],
+)
+def test_a_gpu_that_cannot_is_named_with_the_reason(monkeypatch, untold, properties, said):
+    from types import SimpleNamespace
+
+    version = SimpleNamespace(__version__=properties.get("version", "3.6.0"))
+    monkeypatch.setattr(backend, "find_spec", lambda name: None if "missing" in properties else version)
+    monkeypatch.setattr(backend, "import_module", lambda name, *a: version)
+    monkeypatch.setattr(sys, "platform", properties.get("missing", sys.platform))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: properties.get("capability", (8, 0)))
+    monkeypatch.setattr(backend, "_module", lambda name: kernels.reference)
+    with pytest.warns(RuntimeWarning, match=said):
+        backend.implementation("linear_a8", torch.device("cuda", 0))
+    backend._obstacle.cache_clear()
+    monkeypatch.setenv("DIROTQ_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=f"DIROTQ_BACKEND=triton cannot run linear_a8 on cuda:0: {said}"):
+        backend.implementation("linear_a8", torch.device("cuda", 0))
+
+
+def test_without_triton_everything_imports_and_runs(flux_case):
+    code = (
+        "import sys, importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n.split('.')[0] == 'triton' else find(n, *a)\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, dirotq\n"
+        "from diffusers import FluxTransformer2DModel\n"
+        f"m = FluxTransformer2DModel.from_pretrained({str(flux_case.quantized)!r}, torch_dtype=torch.bfloat16)\n"
+        "y = m.transformer_blocks[0].attn.to_q(torch.ones(3, 192, dtype=torch.bfloat16))\n"
+        "assert torch.isfinite(y).all()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-2000:]
