@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 #: A part of a block that cannot run here → why. The rest of the block's page runs without it.
 CANNOT_RUN = {
     "_offload(": "offloading wants an accelerator",
+    "enable_parallelism(": "needs several processes; tests/backend starts two",
     "compile_repeated_blocks(": "compiles for a minute; tests/backend compiles one block",
     "dirotq demo": "draws for minutes; tests/demo runs it",
     "dirotq evaluate": "draws for minutes; tests/evaluate runs it",
