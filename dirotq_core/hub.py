@@ -17,6 +17,7 @@ from .checkpoint import CheckpointError
 from .hub_errors import HubError, writing
 from .inspect import find_transformer, inspect_checkpoint
 from .report import REPORT_NAME
+from .saving import check_savable
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def teach_pushing() -> None:
         if model is None:
             return push_original(self, repo_id, *args, **kwargs)
         # diffusers makes the repository before it saves: what cannot be saved is refused first.
-        model.hf_quantizer.get_state_dict_and_metadata(model.state_dict(), kwargs.get("safe_serialization", True))
+        check_savable(model, kwargs.get("safe_serialization", True))
         with writing(repo_id):
             return push_original(self, repo_id, *args, **kwargs)
 

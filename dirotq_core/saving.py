@@ -32,7 +32,7 @@ def save_beside() -> None:
         ours = getattr(self, "quantization_method", None) == "dirotq"
         if ours:
             safe = args[2] if len(args) > 2 else kwargs.get("safe_serialization", True)
-            _check(self, safe)
+            check_savable(self, safe)
         target = Path(save_directory)
         # Pushing uploads the folder it is given; in a distributed run only one process may tidy up.
         if not ours or kwargs.get("push_to_hub") or not (args[0] if args else kwargs.get("is_main_process", True)):
@@ -53,7 +53,8 @@ def save_beside() -> None:
     ModelMixin.save_pretrained = save  # type: ignore[method-assign]
 
 
-def _check(model: nn.Module, safe_serialization: bool) -> None:
+def check_savable(model: nn.Module, safe_serialization: bool) -> None:
+    """Raise ValueError for what must not be saved: pickles, and models with a LoRA loaded or absorbed."""
     if not safe_serialization:
         raise ValueError(
             "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
