@@ -268,7 +268,8 @@ def qk_norm_rope(
         for weight, whose in ((wq, "query_weights"), (wk, "key_weights")):
             _shape(f"{whose}[{i}]", weight, d)
             _dtype(f"{whose}[{i}]", weight, *FLOATS)
-        _device("queries[0]", first, **{f"queries[{i}]": q, f"keys[{i}]": k, f"query_weights[{i}]": wq})
+        _device("queries[0]", first, **{f"queries[{i}]": q, f"keys[{i}]": k})
+        _device("queries[0]", first, **{f"query_weights[{i}]": wq, f"key_weights[{i}]": wk})
     length = sum(q.shape[1] for q in queries)
     for name, angles in (("cos", cos), ("sin", sin)):
         _shape(name, angles, length, d)

@@ -16,7 +16,7 @@ def round_columns(
     Args:
         work: [N, B] float32, the last stride 1; may be overwritten. factor: U [B, B] float32, upper triangular.
         scale: [N, B] float32, ≥ 0, the last stride 1; where it is zero, w counts as zero.
-        midpoints: [15], and values: [16] of the table, ascending.
+        midpoints: [E − 1], and values: [E] of the table, ascending; E at most 256.
 
     Returns:
         Entries e [N, B] uint8, and errors [N, B] float32.

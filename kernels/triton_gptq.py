@@ -55,8 +55,9 @@ def round_columns(
     entries = torch.empty((n, b), dtype=torch.uint8, device=work.device)
     errors = torch.empty((n, b), dtype=torch.float32, device=work.device)
     sizes = blocks(b, len(values))
-    launch(
-        round_columns_kernel, (cdiv(n, sizes["ROWS"]),), work, factor, scale, midpoints, values, entries, errors,
-        n, b, work.stride(0), factor.stride(0), scale.stride(0), **sizes,
-    )  # fmt: skip
+    with torch.cuda.device_of(work):
+        launch(
+            round_columns_kernel, (cdiv(n, sizes["ROWS"]),), work, factor, scale, midpoints, values, entries, errors,
+            n, b, work.stride(0), factor.stride(0), scale.stride(0), **sizes,
+        )  # fmt: skip
     return entries, errors

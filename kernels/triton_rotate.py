@@ -260,12 +260,13 @@ def rotate_quantize(
 def _wide_site(x: Tensor, basis: Tensor, signs: Tensor, block: int, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """A subspace wider than the kernels of `triton_site` hold: the library's products, then those kernels without one.
 
-    The residual passes through bf16, which moves v by 2⁻⁹ at most, and its own energy gives the scale.
+    The residual passes through bf16, which moves v by 2⁻⁹ at most, and its own energy gives the scale, without a floor.
     """
     from . import triton_site
 
-    z = x @ basis
-    residual = torch.addmm(x, z, basis.T, alpha=-1)
+    with torch.autocast(x.device.type, enabled=False):  # as the kernels, which know of no autocast
+        z = x @ basis
+        residual = torch.addmm(x, z, basis.T, alpha=-1)
     codes, scale, _ = triton_site.rotate_quantize(residual, None, signs, block, mode)
     return codes, scale, z
 

@@ -149,7 +149,8 @@ def test_the_slower_path_says_so_once(caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("method", "activation"), [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6), ("lrq", 4)]
+    ("method", "activation"),
+    [("orbitquant", 4), ("orbitquant_w3", 3), ("orbitquant_w2", 6), ("lrq", 4), ("nvfp4", 4), ("nf4", 16)],
 )
 def test_one_graph_in_every_dtype(quantized, method, activation, dtype):
     model, plans = quantized("pixart", method=method, activation_bits=activation)
