@@ -12,9 +12,9 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 from comfy.patcher_extension import PatcherInjection
-from comfy.weight_adapter import LoRAAdapter
 
-from .operations import DiRotQLinear, SideLoRA
+from .operations import DiRotQLinear
+from .side_lora import SideLoRA, branch_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +37,13 @@ def side_branches(
         name, part = (key, None) if isinstance(key, str) else (key[0], key[1])
         reshaping = not isinstance(key, str) and len(key) > 2
         module = name.removesuffix(".weight")
-        weights = patch.weights if isinstance(patch, LoRAAdapter) else None
-        # weights: up, down, alpha, middle (convolutions), magnitude (DoRA), another shape
-        if module not in shapes or weights is None or any(w is not None for w in weights[3:6]) or reshaping:
+        branch = None
+        if module in shapes and not reshaping:
+            branch = branch_of(name, patch, part, shapes[module], strength)
+        if branch is None:
             others[key] = patch
-            continue
-        up, down, alpha = weights[0].flatten(1), weights[1].flatten(1), weights[2]
-        n, k = shapes[module]
-        start, length = (part[1], part[2]) if part and part[0] == 0 else (0, n)
-        columns = (part[1], part[2]) if part and part[0] == 1 else (0, k)
-        if (up.shape[0], down.shape[1]) != (length, columns[1]) or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"the LoRA for {name} has up {tuple(up.shape)} and down {tuple(down.shape)}, but the linear there is "
-                f"{length} × {columns[1]}; it was made for another model"
-            )
-        factor = strength * (float(alpha) / down.shape[0] if alpha is not None else 1.0)
-        branches.setdefault(module, []).append(SideLoRA(down, up, start, columns[0], factor))
+        else:
+            branches.setdefault(module, []).append(branch)
     return branches, others
 
 

@@ -35,8 +35,9 @@ SITE_FIELDS = tuple(SITE_DTYPES)
 #: A LoRA beside the 4-bit weights: W + up down, up [N, R] and down [R, K] in bfloat16.
 SIDE_FIELDS = ("down", "up")
 
-#: Rows that a patch moved by less than this share of their largest weight keep their codes.
-UNCHANGED = 1e-5
+#: Rows that a patch moved by less than this share of their largest weight keep their codes; in 16 bit, where
+#: ComfyUI may have unpacked the weight to, a rounding moves all of them by up to half as much.
+UNCHANGED, UNCHANGED_16 = 1e-5, 2**-8
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class DiRotQLayout(QuantizedLayout):
         old = dataclasses.replace(old.to_device(tensor.device), down=None, up=None)
         target = tensor.float()
         before = dense_weight(plan, old.linear(codes), old.site())
-        changed = (target - before).abs().amax(1) > UNCHANGED * before.abs().amax(1)
+        share = UNCHANGED if tensor.dtype == torch.float32 else UNCHANGED_16
+        changed = (target - before).abs().amax(1) > share * before.abs().amax(1)
         if not bool(changed.any()):
             return codes, old
         moved, low_rank = target[changed], None
@@ -200,6 +202,11 @@ def _lattice(
 def _transform(rows: torch.Tensor, p: Params, plan: SitePlan) -> tuple[torch.Tensor, torch.Tensor | None]:
     if plan.transform is None:
         return rows, None
+    if plan.transform.kernel:  # as the diffusers backend does it: in float32 up to the end
+        how = reference if p.plain else ops
+        rows = rows if p.permutation is None else rows.index_select(1, p.permutation)
+        v, z = how.rotate(rows, p.basis, p.signs, plan.transform.block(plan.in_features))
+        return v, z if plan.rank else None
     v, z = plan.transform.apply(rows, p.site())
     return v, z.to(torch.bfloat16) if plan.rank else None
 

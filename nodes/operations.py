@@ -16,6 +16,7 @@ from ..dirotq_core.single_file.convert import SITE
 from .layout import LAYOUT, LINEAR_FIELDS, SITE_FIELDS, DiRotQLayout, Params
 from .layout import linear as quantized_linear
 from .side_branch import side_branch
+from .side_lora import SideLoRA, branches_of
 
 
 @dataclass(frozen=True)
@@ -31,28 +32,6 @@ class Settings:
     activations: Mapping[str, str | None]
     plain: bool = False
     exact_lora: bool = True
-
-
-@dataclass(frozen=True)
-class SideLoRA:
-    """y[:, start : start + n] += factor · x[:, first : first + k] downᵀ upᵀ; down [R, k], up [n, R], any dtype."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    start: int
-    first: int
-    factor: float
-
-    def to(self, device: torch.device) -> SideLoRA:
-        """The same on another device."""
-        return dataclasses.replace(self, down=self.down.to(device), up=self.up.to(device))
-
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add this branch to y [..., N] for x [..., K], in y's dtype."""
-        part = x[..., self.first : self.first + self.down.shape[1]]
-        h = torch.nn.functional.linear(part, self.down.to(x.device, x.dtype))
-        delta = torch.nn.functional.linear(h, self.up.to(x.device, x.dtype))
-        y[..., self.start : self.start + self.up.shape[0]].add_(delta, alpha=self.factor)
 
 
 def make_operations(plans: Mapping[str, SitePlan], settings: Settings, dtype: torch.dtype) -> type:
@@ -88,6 +67,29 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
         self._biased = bias
         #: Branches of `DiRotQLoRA` nodes, by node, in the order they were stacked.
         self.side_loras: dict[object, list[SideLoRA]] = {}
+        self._core_patch: Any = None
+        self._core_branches: list[SideLoRA] = []
+
+    @property
+    def weight_lowvram_function(self) -> Any:
+        """What ComfyUI's dynamic VRAM puts on the weight whenever it arrives: core's LoRAs.
+
+        It would unpack the weight, add them and round all of it anew. Those that are plain LoRAs become branches
+        instead, and it finds nothing to do.
+        """
+        return self._core_patch
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch: Any) -> None:
+        branches = self._branches_of(patch)
+        self._core_patch, self._core_branches = (None, branches) if branches else (patch, [])
+
+    def _branches_of(self, patch: Any) -> list[SideLoRA] | None:
+        if not self._settings.exact_lora or not isinstance(self.weight, QuantizedTensor):
+            return None
+        if not getattr(patch, "is_lowvram_patch", False):
+            return None
+        return branches_of(patch, (self.out_features, self.in_features))
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing_keys: list,
@@ -142,11 +144,24 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
         return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = self._product(input)
-        for branches in self.side_loras.values():
+        y, waiting = self._without_waiting(input) if self.weight_function else (self._product(input), [])
+        for branches in (*self.side_loras.values(), self._core_branches, *waiting):
             for branch in branches:
                 branch.add_to(y, input)
         return y
+
+    def _without_waiting(self, input: torch.Tensor) -> tuple[torch.Tensor, list[list[SideLoRA]]]:
+        """The product, and the core LoRAs it is without.
+
+        Where ComfyUI keeps the weight in host memory, they wait in `weight_function` for it to arrive.
+        """
+        functions: list[Any] = self.weight_function
+        found = [self._branches_of(f) for f in functions]
+        self.weight_function: list[Any] = [f for f, branches in zip(functions, found, strict=True) if not branches]
+        try:
+            return self._product(input), [branches for branches in found if branches]
+        finally:
+            self.weight_function = functions
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.weight, QuantizedTensor):
@@ -158,7 +173,7 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
         ) as (weight, bias):  # fmt: skip
             if isinstance(weight, QuantizedTensor):
                 return quantized_linear(input, weight, bias)
-            # A LoRA on a weight that lives in host memory: patched on its way, dense.
+            # A patch that is no plain LoRA, on a weight that lives in host memory: put on it on its way, dense.
             return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_: Any) -> torch.Tensor:

@@ -95,10 +95,20 @@ def test_every_memory_mode_gives_the_same_bits(runs, mode):
     assert torch.equal(found["again"], found["4"])
 
 
+DYNAMIC = "DynamicVRAM support detected and enabled"
+
+
+@pytest.mark.parametrize("mode", ["default", "dynamic, nothing fits"])
+def test_dynamic_vram_is_on(runs, mode):
+    if "No working comfy-aimdo install detected" in runs[mode][1]:
+        pytest.skip("comfy-aimdo does not start here, so ComfyUI falls back to estimates")
+    assert DYNAMIC in runs[mode][1]
+
+
 def test_the_modes_are_what_they_are_called(runs):
     """ComfyUI says whether dynamic VRAM is on, and how much of a model it loads where nothing fits."""
     for mode in ("estimates", "estimates, nothing fits", "novram", "highvram"):
-        assert "DynamicVRAM support detected and enabled" not in runs[mode][1], mode
+        assert DYNAMIC not in runs[mode][1], mode
     assert "loaded partially" in runs["estimates, nothing fits"][1]
 
 
@@ -130,7 +140,7 @@ def test_loras(runs, cpu, mode):
     assert effect > 0.05
     rounding = relative(found["16"], cpu["16"])
     for name in ("our LoRA", "core's LoRA"):
-        assert relative(found[name] - found["16"], expected) < 3 * rounding / effect, name
+        assert relative(found[name] - found["16"], expected) < min(0.2, 3 * rounding / effect), name
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,7 +4,7 @@ import pytest
 
 from .server import PACK, GraphError
 
-OURS = ("DiRotQCompare", "DiRotQModelInfo")
+OURS = tuple(f"DiRotQ{n}" for n in ("Apply", "Compare", "LoRA", "LoadModel", "ModelInfo", "QuantizeModel"))
 
 
 def test_nodes_come_from_the_clone_alone(object_info):
