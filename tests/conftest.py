@@ -1,7 +1,7 @@
 """One thread for every process of the tests.
 
-Results are compared bit for bit, between threads, processes and resumed runs. Sums depend on how many threads share them,
-and a pool of several does not always have all of them.
+Results are compared bit for bit, between threads, processes and resumed runs. Sums depend on how many threads share
+them, and a pool of several does not always have all of them.
 """
 
 import os
