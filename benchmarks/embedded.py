@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import platform
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,18 @@ def bars(rows: list[dict], path: Path, colour: Any) -> None:
         ax.set_xlabel("image PSNR against bf16, dB")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
+
+
+def results(
+    args: argparse.Namespace, evaluate: Callable[[str, argparse.Namespace], list[dict]]
+) -> tuple[list[dict], dict[str, Any]]:
+    """Rows of `evaluate` for each model, or of the files to join, and what they were measured on; written as JSON."""
+    if args.join:
+        parts = [json.loads(path.read_text()) for path in args.join]
+        rows, about = [row for part in parts for row in part["rows"]], parts[0]["environment"]
+    else:
+        rows = [row for name in args.models for row in evaluate(name, args)]
+        about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    return rows, about

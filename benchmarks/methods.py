@@ -12,12 +12,11 @@ the linears with quantized inputs alone, "all" the whole transformer. Writes OUT
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from embedded import Bench, bars, environment
+from embedded import Bench, bars, results
 
 from dirotq.dirotq_core.demo.embedded import MODELS
 
@@ -121,16 +120,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images drawn at once")
     parser.add_argument("--join", type=Path, nargs="+", help="only join results of earlier runs, one model each")
     args = parser.parse_args()
-    if args.join:
-        parts = [json.loads(path.read_text()) for path in args.join]
-        rows, about = [row for part in parts for row in part["rows"]], parts[0]["environment"]
-    else:
-        rows = [row for name in args.models for row in evaluate(name, args)]
-        about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
+    rows, about = results(args, evaluate)
     table = markdown(rows, about)
     print("\n" + table)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(table)
     bars(rows, args.out.with_suffix(".png"), colour)
 

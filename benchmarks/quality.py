@@ -11,11 +11,10 @@ Writes OUT.json and OUT.png and prints the table.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from embedded import Bench, bars, environment
+from embedded import Bench, bars, results
 
 from dirotq.dirotq_core.demo.embedded import MODELS
 
@@ -88,16 +87,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images drawn at once")
     parser.add_argument("--join", type=Path, nargs="+", help="only join results of earlier runs, one model each")
     args = parser.parse_args()
-    if args.join:
-        parts = [json.loads(path.read_text()) for path in args.join]
-        rows, about = [row for part in parts for row in part["rows"]], parts[0]["environment"]
-    else:
-        rows = [row for name in args.models for row in evaluate(name, args)]
-        about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
+    rows, _ = results(args, evaluate)
     header = f"{'model':<18} {'method':<34} {'SQNR':>6} {'PSNR':>6} {'SSIM':>6} {'scenes':>7} {'bits':>6} {'linear':>6}"
     print("\n" + "\n".join([header, *map(format_row, rows)]))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     bars(rows, args.out.with_suffix(".png"), colour)
 
 

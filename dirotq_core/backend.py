@@ -267,7 +267,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
         stop_ignoring_fusing(model)
-        if type(model).__name__ == "FluxTransformer2DModel":
+        if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
             from .flux_attention import use_plain_attention
 
             use_plain_attention(model)

@@ -40,14 +40,14 @@ class SiteStatistics:
     moment: torch.Tensor | None
 
 
-def hadamard_block(features: int) -> int:
-    """The largest power of two that divides K, at most 128."""
-    return min(features & -features, MAX_HADAMARD_BLOCK)
-
-
 def widest_block(features: int) -> int:
     """The largest power of two that divides K."""
     return features & -features
+
+
+def hadamard_block(features: int) -> int:
+    """The largest power of two that divides K, at most 128."""
+    return min(widest_block(features), MAX_HADAMARD_BLOCK)
 
 
 @dataclass(frozen=True)

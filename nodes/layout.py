@@ -194,8 +194,9 @@ def _lattice(
     if not fmt.op_mode or plan.transform is None:
         v, z = _transform(rows, p, plan)
         return (*quantize_to_table(v, fmt), z)
-    rows = rows if p.permutation is None else rows.index_select(1, p.permutation)
-    a, scale, z = how.rotate_quantize(rows, p.basis, p.signs, plan.transform.block(plan.in_features), p.activation)
+    a, scale, z = how.rotate_quantize(
+        _permuted(rows, p), p.basis, p.signs, plan.transform.block(plan.in_features), p.activation
+    )
     return a, scale, z if plan.rank else None
 
 
@@ -204,11 +205,15 @@ def _transform(rows: torch.Tensor, p: Params, plan: SitePlan) -> tuple[torch.Ten
         return rows, None
     if plan.transform.kernel:  # as the diffusers backend does it: in float32 up to the end
         how = reference if p.plain else ops
-        rows = rows if p.permutation is None else rows.index_select(1, p.permutation)
-        v, z = how.rotate(rows, p.basis, p.signs, plan.transform.block(plan.in_features))
+        v, z = how.rotate(_permuted(rows, p), p.basis, p.signs, plan.transform.block(plan.in_features))
         return v, z if plan.rank else None
     v, z = plan.transform.apply(rows, p.site())
     return v, z.to(torch.bfloat16) if plan.rank else None
+
+
+def _permuted(rows: torch.Tensor, p: Params) -> torch.Tensor:
+    """Rows [M, K] in the order of columns that the ops see."""
+    return rows if p.permutation is None else rows.index_select(1, p.permutation)
 
 
 def _handle_linear(qt: Any, args: tuple, kwargs: dict) -> torch.Tensor:

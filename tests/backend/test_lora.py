@@ -15,6 +15,8 @@ import dirotq
 from dirotq.dirotq_core.absorb import absorb, release
 from dirotq.dirotq_core.build import quantized_linears
 
+from .tensors import relative, same, state_of
+
 WIDTH = 192
 #: FLUX modules of every kind: split q and v of both streams, weight-only modulation, a dense embedder.
 FLUX = {
@@ -72,18 +74,6 @@ def pair(flux_case):
     dense = copy.deepcopy(quantized)
     dense.dequantize()
     return pipeline_of(quantized), pipeline_of(dense)
-
-
-def relative(found, expected):
-    return float((found - expected).norm() / expected.norm())
-
-
-def state_of(model):
-    return {n: t.clone() for n, t in model.state_dict().items()}
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in state.items())
 
 
 @pytest.mark.parametrize("form", FORMATS)

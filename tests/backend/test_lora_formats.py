@@ -16,6 +16,7 @@ from dirotq.dirotq_core.backend import attach_quantizer
 from dirotq.dirotq_core.build import replace_linears
 from dirotq.dirotq_core.layout import plan_sites
 
+from .tensors import relative, same, state_of
 from .versions import groups_on_cpu
 
 TRUE_WIDTH = 3072
@@ -166,18 +167,6 @@ def run(model, helpers, channels=16):
     arguments |= {"hidden_states": x.repeat(1, 1, channels // 16), "img_ids": arguments["img_ids"][:16]}
     with torch.no_grad():
         return model(**arguments)[0]
-
-
-def relative(found, expected):
-    return float((found - expected).norm() / expected.norm())
-
-
-def state_of(model):
-    return {n: t.clone() for n, t in model.state_dict().items()}
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in state.items())
 
 
 @pytest.mark.parametrize(

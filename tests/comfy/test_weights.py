@@ -15,6 +15,7 @@ from dirotq.dirotq_core.single_file import read_native, to_native
 
 from . import models
 from .core import condition, forward, load, relative, run
+from .training import image_ids, packed
 
 WIDTH = models.FLUX_WIDTH
 
@@ -37,7 +38,7 @@ def folders(tmp_path_factory):
     plans = plan_sites(model, config)
     calibration = Calibration(model, plans)
     calibration.ran = True
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    ids = image_ids()
     with torch.no_grad(), calibration.recording():
         for i in range(24):
             g = torch.Generator().manual_seed(i)
@@ -128,11 +129,6 @@ def tensors_of(module):
 # --- what it computes ---------------------------------------------------------------------------------------------
 
 
-def packed(x):
-    b, c, h, w = x.shape
-    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
-
-
 def unpacked(x, h, w):
     return x.view(len(x), h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, h, w)
 
@@ -165,7 +161,7 @@ def test_latents_equal_those_of_diffusers(core, make, folders, bits):
     from comfy.samplers import calculate_sigmas
 
     sigmas = calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    ids = image_ids()
 
     @torch.no_grad()
     def sampled(noise):
