@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 from dirotq import kernels
@@ -71,7 +72,8 @@ def test_gradients_take_diffusers_steps(model, inputs, monkeypatch):
 
 
 def test_attention_mask_and_backend_reach_the_attention(model, inputs):
-    model.set_attention_backend("_native_math")
+    with attention_backend("_native_math"):  # so that what the next line sets for the process ends with the test
+        model.set_attention_backend("_native_math")
     assert {a.processor._attention_backend.value for a in attentions(model)} == {"_native_math"}
     attn = attentions(model)[-1]
     x = torch.randn(1, 71, 192, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(2))

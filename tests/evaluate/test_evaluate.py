@@ -1,6 +1,7 @@
 """From models to the report, with the embedded pipelines; interrupted, killed, and with what cannot be compared."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -85,21 +86,26 @@ def test_tables(done, four):
     )
 
 
+def digests(paths):
+    """Not the bytes: pytest takes minutes to show how two pictures differ."""
+    return {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in paths if f.is_file()}
+
+
 def test_a_finished_run_draws_and_scores_nothing(pixart, four, done, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it loads")
 
     monkeypatch.setattr(draw, "load_pipeline", refuse)
     monkeypatch.setattr("dirotq.dirotq_core.evaluate.score.load_scorer", refuse)
-    before = {f: f.read_bytes() for f in done.rglob("*") if f.is_file()}
+    before = digests(done.rglob("*"))
     evaluate(pixart.sources, pixart.reference, four, done, pixart.options())
-    assert {f: f.read_bytes() for f in done.rglob("*") if f.is_file()} == before
+    assert digests(done.rglob("*")) == before
 
 
 def results_of(folder):
     """What a run is about: reports, tables, and pictures."""
     files = [f for f in folder.rglob("*") if f.suffix in (".png", ".csv", ".json", ".html") and "scores" not in f.parts]
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
+    return {f.relative_to(folder).as_posix(): d for f, d in digests(files).items()}
 
 
 def test_killed_and_gone_on(pixart, four, done, tmp_path):

@@ -164,7 +164,7 @@ def test_offloaded_and_cast_models_are_refused(flux, how):
 def test_pipelines_that_want_an_image(flux):
     kontext = FluxKontextPipeline(**flux.components)
     image = Image.new("RGB", (128, 128), "red")
-    quantize(kontext, prompts=PROMPTS, image=image, _auto_resize=False)
+    quantize(kontext, prompts=PROMPTS, image=image, max_area=128 * 128, _auto_resize=False)
     assert quantized_linears(kontext.transformer)
 
 
