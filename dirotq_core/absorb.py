@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .linear import DiRotQLinear
+from .linear import DiRotQLinear, InputSite
 
 #: Kernels read rows of the branch 16 bytes at a time, so it grows by whole multiples of this.
 ALIGNMENT = 8
@@ -46,15 +46,14 @@ def absorb(linear: DiRotQLinear, down: torch.Tensor, up: torch.Tensor) -> int:
     padding = -len(down) % ALIGNMENT
     down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
     old = site.tensor("absorbed")
-    _set(site, "absorbed", down if old is None else torch.cat([old, down]))
+    rows = down if old is None else torch.cat([old, down])
+    branches = []
     for member in site.members:
         columns = up if member is linear else up.new_zeros(member.out_features, len(down))
         low_rank = member.low_rank
-        grown = columns if low_rank is None else torch.cat([low_rank, columns.to(low_rank.device)], 1)
-        _set(member, "low_rank", grown)
+        branches.append(columns if low_rank is None else torch.cat([low_rank, columns.to(low_rank.device)], 1))
     number = 1 + max((n for n, _ in site.absorptions), default=-1)
-    site.absorptions.append((number, len(down)))
-    site.memo.entry = None
+    _put(site, rows, branches, [*site.absorptions, (number, len(down))])
     return number
 
 
@@ -68,16 +67,27 @@ def release(linear: DiRotQLinear, number: int) -> None:
     position = numbers.index(number)
     start = sum(width for _, width in site.absorptions[:position])
     end = start + site.absorptions[position][1]
-    rows = site.tensor("absorbed")
-    assert rows is not None
-    _set(site, "absorbed", torch.cat([rows[:start], rows[end:]]))
+    absorbed = site.tensor("absorbed")
+    assert absorbed is not None
+    rows = torch.cat([absorbed[:start], absorbed[end:]])
+    branches = []
     for member in site.members:
         low_rank = member.low_rank
         assert low_rank is not None
-        _set(member, "low_rank", torch.cat([low_rank[:, : site.rank + start], low_rank[:, site.rank + end :]], 1))
-    del site.absorptions[position]
+        branches.append(torch.cat([low_rank[:, : site.rank + start], low_rank[:, site.rank + end :]], 1))
+    _put(site, rows, branches, site.absorptions[:position] + site.absorptions[position + 1 :])
+
+
+def _put(site: InputSite, rows: torch.Tensor, branches: list[torch.Tensor], absorptions: list[tuple[int, int]]) -> None:
+    """Give the site and its members new tensors. All were made before the first is put: memory may end in between."""
+    parameters = [_parameter(tensor) for tensor in (rows, *branches)]
+    for module, name, new in zip(
+        (site, *site.members), ("absorbed", *["low_rank"] * len(branches)), parameters, strict=True
+    ):
+        module.register_parameter(name, new)
+    site.absorptions = absorptions
     site.memo.entry = None
 
 
-def _set(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    module.register_parameter(name, nn.Parameter(tensor, requires_grad=False) if tensor.numel() else None)
+def _parameter(tensor: torch.Tensor) -> nn.Parameter | None:
+    return nn.Parameter(tensor, requires_grad=False) if tensor.numel() else None

@@ -38,6 +38,7 @@ from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .methods import method
 from .peft_habits import forget_merging, teach_peft
+from .pipeline_habits import cast_all_or_nothing
 from .report import QuantizationReport
 from .saving import save_beside
 from .solve import solve_site
@@ -314,6 +315,7 @@ def _finish(model: Any) -> None:
     ignore_fusing(model)
     count_as_dense()
     move_in_own_dtype()
+    cast_all_or_nothing()
     save_beside()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         from .flux_attention import use_fused_attention  # its classes are diffusers' FLUX.1 ones

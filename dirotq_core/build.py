@@ -101,7 +101,7 @@ def set_activation_bits(model: Any, bits: int) -> None:
     if not linears:
         raise ValueError(f"{type(model).__name__} has no DiRotQ linears; quantize or load it first")
     config: DiRotQConfig = model.hf_quantizer.quantization_config
-    if bits not in config.activation_choices:
+    if type(bits) is not int or bits not in config.activation_choices:  # 8.0 would be saved, and refused when loaded
         raise ValueError(f"activation_bits must be one of {config.activation_choices}, got {bits!r}")
     for module in linears.values():
         if module.plan.quantize_input:

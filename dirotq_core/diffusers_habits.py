@@ -67,7 +67,7 @@ def count_as_dense() -> None:
 def move_in_own_dtype() -> None:
     """Let ``.to(device, dtype)`` move a quantized model whose dtype that is already, as pipelines and scripts ask.
 
-    diffusers refuses any dtype, which is right for another. Idempotent.
+    diffusers refuses any dtype, which is right for another, and even ``dtype=None``. Idempotent.
     """
     original = ModelMixin.to
     if hasattr(original, "knows_dirotq"):
@@ -77,7 +77,7 @@ def move_in_own_dtype() -> None:
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "quantization_method", None) == "dirotq":
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-            if dtype is not None and dtype == self.dtype:
+            if dtype == self.dtype or (dtype is None and "dtype" in kwargs):
                 return self if device is None else original(self, device, non_blocking=non_blocking)
         return original(self, *args, **kwargs)
 

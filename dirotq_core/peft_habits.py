@@ -21,13 +21,17 @@ def teach_peft(model: nn.Module) -> None:
     PEFT adds B A to a weight, which is packed here, and subtracts it again, which in 16 bit leaves another weight. So
     quantized linears absorb and release, and the few dense ones keep what they were. Idempotent.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
-            module.__dict__.setdefault(BEFORE, None)
+    _mark_dense(model)
     _teach_checks()
     _teach_lora()
     _teach_dora()
     _teach_lycoris()
+
+
+def _mark_dense(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
+            module.__dict__.setdefault(BEFORE, None)
 
 
 def forget_merging(model: nn.Module) -> None:
@@ -59,15 +63,17 @@ def _teach_lora() -> None:
     def unmerging(self: Any) -> None:
         base = self.get_base_layer()
         if isinstance(base, DiRotQLinear) and self.merged:
-            for number in self.__dict__.pop("dirotq_absorbed", []):
-                release(base, number)
+            numbers = self.__dict__.get("dirotq_absorbed", [])
+            while numbers:  # one is forgotten when it is released: memory may end in between
+                release(base, numbers[-1])
+                numbers.pop()
             if (before := self.__dict__.pop("dirotq_bias", None)) is not None and base.bias is not None:
                 base.bias.data = before.to(base.bias.device)
             self.merged_adapters.clear()
         elif self.merged and base.__dict__.get(BEFORE) is not None:
             for tensor, before in zip((base.weight, base.bias), base.__dict__[BEFORE], strict=True):
-                if tensor is not None:
-                    tensor.data = before.to(tensor.device)
+                if tensor is not None:  # in place, as PEFT added: diffusers may hold the same tensor to put it back
+                    tensor.data.copy_(before)
             base.__dict__[BEFORE] = None
             self.merged_adapters.clear()
         else:
@@ -100,23 +106,28 @@ def _check_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
 def _absorb_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
     _check_adapters(layer, base, names)
     for name in names:
-        layer.__dict__.setdefault("dirotq_absorbed", []).append(absorb(base, *_factors(layer, name)))
+        bias = before = None
         if getattr(layer, "lora_bias", {}).get(name):
             assert base.bias is not None
-            layer.__dict__.setdefault("dirotq_bias", base.bias.detach().clone())
             more = layer.lora_B[name].bias.detach() * layer.scaling[name]
-            base.bias.data = base.bias.data + more.to(base.bias.device, base.bias.dtype)
+            before, bias = base.bias.detach().clone(), base.bias.data + more.to(base.bias.device, base.bias.dtype)
+        # Whatever needs memory has it from here on: what is absorbed is written down, or nothing is.
+        layer.__dict__.setdefault("dirotq_absorbed", []).append(absorb(base, *_factors(layer, name)))
+        if bias is not None:
+            layer.__dict__.setdefault("dirotq_bias", before)
+            base.bias.data = bias
         layer.merged_adapters.append(name)
 
 
 def _teach_checks() -> None:
     """Merging goes layer by layer; what cannot be absorbed must be found before the first has changed."""
     from diffusers.loaders.peft import PeftAdapterMixin
-    from peft.tuners.tuners_utils import BaseTuner
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     allowed, fuse, unfuse = BaseTuner._check_merge_allowed, PeftAdapterMixin.fuse_lora, PeftAdapterMixin.unfuse_lora
     if hasattr(fuse, "knows_dirotq"):
         return
+    save = PeftAdapterMixin.save_lora_adapter
 
     @functools.wraps(allowed)
     def checking(self: Any) -> None:
@@ -135,9 +146,24 @@ def _teach_checks() -> None:
         _refuse_groups(self)
         unfuse(self)
 
+    @functools.wraps(save)
+    def saving(
+        self: Any, save_directory: Any, adapter_name: str = "default", upcast_before_saving: bool = False,
+        *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        # diffusers casts the whole model, which packed weights refuse; the adapter is what is saved.
+        if upcast_before_saving and getattr(self, "quantization_method", None) == "dirotq":
+            for layer in self.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    for name in layer.adapter_layer_names:
+                        getattr(layer, name).float()
+            upcast_before_saving = False
+        save(self, save_directory, adapter_name, upcast_before_saving, *args, **kwargs)
+
     fusing.knows_dirotq = True  # type: ignore[attr-defined]
     BaseTuner._check_merge_allowed = checking  # type: ignore[method-assign]
     PeftAdapterMixin.fuse_lora, PeftAdapterMixin.unfuse_lora = fusing, unfusing  # type: ignore[method-assign]
+    PeftAdapterMixin.save_lora_adapter = saving  # type: ignore[method-assign]
 
 
 def _refuse_groups(model: nn.Module) -> None:
@@ -148,6 +174,8 @@ def _refuse_groups(model: nn.Module) -> None:
 
 def _check_all(model: nn.Module, names: list[str] | None) -> None:
     _refuse_groups(model)
+    if any(isinstance(m, DiRotQLinear) for m in model.modules()):
+        _mark_dense(model)  # again: a Control LoRA puts a wider layer in the place of the embedder
     for layer in model.modules():
         base = getattr(layer, "base_layer", None)
         if isinstance(base, DiRotQLinear):

@@ -75,8 +75,9 @@ def test_activation_bits_is_a_run_time_choice(case, helpers):
         quality[bits] = helpers.sqnr(helpers.run(model), dense)
     assert quality[4] < quality[8] - 1 and quality[16] > quality[8] - 1
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    with pytest.raises(ValueError, match=r"activation_bits must be one of \(4, 8, 16\), got 5"):
-        dirotq.set_activation_bits(model, 5)
+    for bits in (5, 8.0, True, "8"):
+        with pytest.raises(ValueError, match=rf"activation_bits must be one of \(4, 8, 16\), got {bits!r}"):
+            dirotq.set_activation_bits(model, bits)
     with pytest.raises(ValueError, match="no DiRotQ linears"):
         dirotq.set_activation_bits(case.load(case.dense), 8)
 

@@ -12,6 +12,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft.utils import get_peft_model_state_dict
 
 import dirotq
+from dirotq.dirotq_core import absorb as absorbing
 from dirotq.dirotq_core.absorb import absorb, release
 from dirotq.dirotq_core.build import quantized_linears
 
@@ -145,6 +146,37 @@ def test_absorbing_changes_nothing_and_is_undone(flux_case, helpers, form, bits)
     pipeline.unfuse_lora()
     pipeline.unload_lora_weights()
     assert same(state_of(model), before) and torch.equal(helpers.run(model), plain)
+
+
+@pytest.mark.parametrize("how", ["fuse_lora", "unfuse_lora"])
+def test_out_of_memory_in_between(flux_case, helpers, monkeypatch, how):
+    """Whatever tensor there is no room for, the model runs, and `unfuse_lora` brings every bit back."""
+    pipeline = pipeline_of(flux_case.load())
+    model = pipeline.transformer
+    for seed in (0, 1):
+        pipeline.load_lora_weights(diffusers_lora(seed), adapter_name=f"l{seed}")
+    pipeline.set_adapters(["l0", "l1"])
+    loaded, beside, make = state_of(model), helpers.run(model), absorbing._parameter
+    for last in range(12):
+        if how == "unfuse_lora":
+            pipeline.fuse_lora()
+        made = []
+
+        def out_of_memory(tensor, made=made, last=last):
+            if len(made) == last:
+                raise torch.OutOfMemoryError("no room")
+            made.append(tensor)
+            return make(tensor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(absorbing, "_parameter", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                getattr(pipeline, how)()
+        if last % 4 == 0:
+            helpers.run(model)
+        pipeline.unfuse_lora()
+        assert same(state_of(model), loaded)
+    assert torch.equal(helpers.run(model), beside)
 
 
 def test_absorbed_is_the_dense_models_merged(pair, helpers):

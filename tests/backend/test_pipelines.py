@@ -341,3 +341,28 @@ def test_the_quantizer_stays_attached(flux):
         FluxPipeline(**{**flux.components, "transformer": model}), torch_dtype=torch.float32
     )
     assert again.transformer is model and again.transformer.hf_quantizer is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_pipeline_made_from_another_keeps_its_dtype(dtype):
+    """diffusers casts every part to float32 where nothing is said, those it shares with the first pipeline, too."""
+    pipeline = load_pipeline("flux-tiny", dtype)
+    dirotq.quantize(pipeline, dirotq.DiRotQConfig(activation_bits=16), progress=False)
+    again = FluxImg2ImgPipeline.from_pipe(pipeline)
+    assert again.transformer is pipeline.transformer and again.text_encoder is pipeline.text_encoder
+    assert {p.dtype for p in (again.text_encoder, again.text_encoder_2, again.transformer)} == {dtype}
+
+
+def test_a_cast_is_refused_before_any_part_is_cast():
+    pipeline = load_pipeline("flux-tiny", torch.bfloat16)
+    dirotq.quantize(pipeline, dirotq.DiRotQConfig(activation_bits=16), progress=False)
+    for cast in (
+        lambda: pipeline.to(torch.float16),
+        lambda: pipeline.to("cpu", torch.float16),
+        lambda: pipeline.to(dtype=torch.float16),
+        lambda: FluxImg2ImgPipeline.from_pipe(pipeline, torch_dtype=torch.float16),
+    ):
+        with pytest.raises(ValueError, match=r"transformer is quantized by dirotq and computes in torch.bfloat16, so"):
+            cast()
+        assert {c.dtype for c in pipeline.components.values() if isinstance(c, torch.nn.Module)} == {torch.bfloat16}
+    pipeline.to("cpu", torch.bfloat16)

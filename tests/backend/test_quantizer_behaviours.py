@@ -205,6 +205,24 @@ def test_gradients_are_the_dense_models(case, helpers, bits, tolerance):
     assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[1].norm()
 
 
+@pytest.mark.parametrize("upcast", [False, True])
+def test_a_trained_adapter_is_saved_by_the_model(flux_case, tmp_path, upcast):
+    import peft
+    from safetensors.torch import load_file
+
+    model = flux_case.load()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    dtypes = {n: p.dtype for n, p in model.named_parameters() if "lora" not in n}
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.save_lora_adapter(tmp_path, upcast_before_saving=upcast)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert len(saved) == sum("lora" in n for n in before)
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, before[name.replace(".weight", ".default.weight")].to(tensor.dtype))
+        assert tensor.dtype == torch.float32 or not upcast
+    assert {n: p.dtype for n, p in model.named_parameters() if "lora" not in n} == dtypes
+
+
 def test_a_few_steps_of_training_reduce_the_loss(flux_case, helpers):
     import peft
 
