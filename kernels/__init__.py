@@ -30,6 +30,7 @@ from .ops import (
     rotate,
     rotate_quantize,
 )
+from .tables import table_like
 
 __all__ = [
     "API_VERSION",
@@ -63,6 +64,7 @@ __all__ = [
     "rotate",
     "rotate_quantize",
     "round_columns",
+    "table_like",
     "unpack_bits",
     "unpack_int4",
     "unpack_trits",

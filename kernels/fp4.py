@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .lattice import unpack_int4
+from .tables import table_like
 
 FP4_BLOCK = 16
 """Columns that share a block scale."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by index."""
+
+E2M1_BY_CODE = (*E2M1, *(-e for e in E2M1))
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 NAN_BITS = 0x7F
@@ -35,8 +38,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of codes uint8 0..15."""
-    table = torch.tensor([*E2M1, *(-e for e in E2M1)], dtype=dtype, device=codes.device)
-    return table[codes.int()]
+    return table_like(E2M1_BY_CODE, codes, dtype)[codes.int()]
 
 
 def decode_e4m3(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
