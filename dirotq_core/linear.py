@@ -233,7 +233,7 @@ class InputSite(_PinnedDtypes):
     def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
         transform = self.plan.transform
-        if transform is None:
+        if transform is None or transform.identity:  # no copy either, as the op `rotate` would make one
             return x, x.new_zeros(len(x), 0, dtype=torch.bfloat16)
         if transform.kernel:
             return ops.rotate(self.permuted(x), self.tensor("basis"), self.tensor("signs"), self.block)

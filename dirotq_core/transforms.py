@@ -71,6 +71,11 @@ class Transform:
     fast_unfold: Callable[[torch.Tensor, torch.Tensor | None, Tensors], torch.Tensor] | None = None
     block: Callable[[int], int] = hadamard_block
 
+    @property
+    def identity(self) -> bool:
+        """Whether v is x and z empty, so that nothing needs to run."""
+        return self.apply is _apply_identity
+
     def unfold(self, w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
         """The dense W [N, K] float32 that w [N, K'] and L [N, r] stand for, with x Wᵀ = z Lᵀ + v wᵀ for every x."""
         if self.fast_unfold is not None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dirotq.dirotq_core.layout import SitePlan
 from dirotq.dirotq_core.linear import DiRotQLinear, InputSite, SiteMemo
 from dirotq.dirotq_core.methods import METHODS
-from dirotq.kernels import decode
+from dirotq.kernels import decode, ops
 
 WIDTH = 256
 CASES = [(name, bits) for name, row in METHODS.items() for bits in (16, *row.activations)]
@@ -87,6 +87,21 @@ def test_the_second_forward_makes_no_table(name, bits, seen):
         with seen:
             again = module(x.clone())
     assert torch.equal(again, first) and torch.isfinite(first).all() and not seen.constants
+
+
+@pytest.mark.parametrize(("name", "bits"), [c for c in CASES if METHODS[c[0]].input_transform.identity])
+def test_a_method_without_a_transform_rotates_nothing(name, bits, monkeypatch):
+    """The op `rotate` would read and write x for nothing; without it every bit is the same, of strided rows as well."""
+    rotate, module = ops.rotate, linear(name, bits, "cpu")
+    fill(module)
+    x = torch.randn(6, 2 * WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()[::2, WIDTH:]
+    plain = module.site.transform
+    monkeypatch.setattr(module.site, "transform", lambda x: rotate(x, None, None, 1))
+    expected = module(x)
+    monkeypatch.setattr(ops, "rotate", None)
+    monkeypatch.setattr(module.site, "transform", plain)
+    assert torch.equal(module(x), expected) and torch.isfinite(expected).all()
+    assert module(x.detach().requires_grad_()).requires_grad
 
 
 def test_codes_are_decoded_without_a_copy(seen):
