@@ -12,6 +12,7 @@ from torch import nn
 
 from ..kernels import ops, quantize_nvfp4
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
+from .derived import Derived
 from .float4 import NVFP4
 from .layout import SitePlan, Spec
 from .transforms import SITE_DTYPES, hadamard_block
@@ -49,10 +50,11 @@ class SiteMemo:
     alive when a custom attention processor skips a sibling.
     """
 
-    __slots__ = ("entry",)
+    __slots__ = ("derived", "entry")
 
     def __init__(self) -> None:
         self.entry: tuple | None = None
+        self.derived: list[Derived] = []  # of the model's sites; see `derived`
 
     def __deepcopy__(self, memo: dict) -> SiteMemo:
         return SiteMemo()  # results belong to the forward that made them
@@ -122,12 +124,21 @@ class InputSite(_PinnedDtypes):
         self.float4 = isinstance(plan.format, NVFP4)
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
+        self.derived = Derived()
         self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
         self.block = plan.transform.block(plan.in_features) if plan.transform else hadamard_block(plan.in_features)
         self.absorptions: list[tuple[int, int]] = []  # (number, rows) of each LoRA in `absorbed`; see `absorb`
         for name, parameter in _empty(plan.site_spec(), device).items():
             self.register_parameter(name, parameter)
         self.register_parameter("absorbed", None)  # bfloat16 [q, K], never in a checkpoint
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.derived.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.derived.forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"in_features={self.plan.in_features}, rank={self.plan.rank}, activation={self.activation}"
@@ -256,7 +267,10 @@ class InputSite(_PinnedDtypes):
             return x, x.new_zeros(len(x), 0, dtype=torch.bfloat16)
         if transform.kernel:
             return ops.rotate(self.permuted(x), self.tensor("basis"), self.tensor("signs"), self.block)
-        v, z = transform.apply(x, self.tensors())
+        tensors = self.tensors()
+        if transform.derive is not None:
+            tensors |= self.derived.get(self._parameters, transform.derive, self.memo.derived)
+        v, z = transform.apply(x, tensors)
         return v, z.to(torch.bfloat16)
 
 

@@ -30,7 +30,7 @@ from .ops import (
     rotate,
     rotate_quantize,
 )
-from .tables import table_like
+from .tables import lasting, table_like
 
 __all__ = [
     "API_VERSION",
@@ -50,6 +50,7 @@ __all__ = [
     "dequantize",
     "dequantize_nvfp4",
     "hadamard_matrix",
+    "lasting",
     "linear",
     "linear_a8",
     "linear_a8_siblings",

@@ -13,7 +13,7 @@ _kept: dict[tuple, Tensor] = {}
 
 def table_like(values: tuple[int | float, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` as `dtype` on the device of `like`, shared with other callers: not to be written to."""
-    if torch.compiler.is_compiling() or not _plain(like):
+    if not lasting(like):
         return _filled(values, like.device, dtype)
     key = (values, like.device, dtype)
     table = _kept.get(key)
@@ -25,9 +25,9 @@ def table_like(values: tuple[int | float, ...], like: Tensor, dtype: torch.dtype
     return table
 
 
-def _plain(like: Tensor) -> bool:
-    """Whether `like` is data, not a stand-in that something traces with, and no CUDA graph is being captured."""
-    if type(like) not in (Tensor, torch.nn.Parameter):
+def lasting(like: Tensor) -> bool:
+    """Whether what is made from `like` may be kept: it is data, nothing is traced, no CUDA graph is captured."""
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
         return False
     return like.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
