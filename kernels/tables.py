@@ -5,6 +5,8 @@ while a CUDA graph is captured. `table_like` makes each once for a device and ke
 graph that is traced or captured) it fills one on the device itself.
 """
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,19 @@ def lasting(like: Tensor) -> bool:
 
 
 def _filled(values: tuple[int | float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The table without a copy: one entry after the other, as arguments of kernels."""
+    """The table without a copy: its entries are arguments of kernels, four to a word where they are whole or half."""
     index = torch.arange(len(values), device=device)
-    table = torch.full((len(values),), values[0], dtype=dtype, device=device)
+    doubled = [round(2 * v) for v in values]
+    if any(d != 2 * v for d, v in zip(doubled, values, strict=True)):
+        return _chosen(values, index, dtype)
+    doubled += [0] * (-len(doubled) % 4)
+    words = struct.unpack(f"<{len(doubled) // 4}q", struct.pack(f"<{len(doubled)}h", *doubled))
+    entries = (_chosen(words, index >> 2, torch.int64) >> 16 * (index & 3)).to(torch.int16)
+    return (entries.to(torch.float32) / 2).to(dtype)
+
+
+def _chosen(values: tuple[int | float, ...], index: Tensor, dtype: torch.dtype) -> Tensor:
+    table = torch.full(index.shape, values[0], dtype=dtype, device=index.device)
     for i, value in enumerate(values[1:], 1):
         table = table.masked_fill(index == i, value)
     return table

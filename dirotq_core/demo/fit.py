@@ -120,7 +120,8 @@ def _check(curve: Curve, what: str) -> None:
 @torch.no_grad()
 def _average_loss(loss: Callable[[], Tensor], device: str, curve: Curve, what: str) -> float:
     """The loss of the averaged weights, without compiled graphs; the generators stay as they are."""
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"), torch.autocast(device, torch.bfloat16):
+    own = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(own), torch.compiler.set_stance("force_eager"), torch.autocast(device, torch.bfloat16):
         value = sum(float(loss()) for _ in range(CHECKED)) / CHECKED
     if not value <= WORST * curve[-1][1]:
         end = f"over {WORST:g} times the {curve[-1][1]:.5f} that training ended with"
