@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from rows import Once, Rows, write
 
 import dirotq
 from dirotq.dirotq_core.build import quantized_linears
@@ -165,7 +166,7 @@ def bars(rows: list[dict], path: Path, colour: Any) -> None:
         for i, r in enumerate(mine):
             note = "" if r["sqnr"] is None else f"  (SQNR {r['sqnr']:.1f})"
             ax.text(r["psnr"] + 0.2, i, f"{r['psnr']:.1f}{note}", va="center", fontsize=8)
-        ax.set_xlim(0, max(r["psnr"] for r in mine) * 1.25)
+        ax.set_xlim(0, max((r["psnr"] for r in mine), default=1) * 1.25)
         ax.margins(y=0.01)
         ax.set_title(name)
         ax.set_xlabel("image PSNR against bf16, dB")
@@ -173,16 +174,40 @@ def bars(rows: list[dict], path: Path, colour: Any) -> None:
     figure.savefig(path, dpi=90)
 
 
+#: A row's configuration, None where it is not known before, and what measures it.
+Job = tuple[dict[str, Any] | None, Callable[[Bench], dict[str, Any]]]
+
+
+def quantized_jobs(configurations: dict[str, dict], only: str | None) -> dict[str, Job]:
+    """Rows of `DiRotQConfig` options by label, those whose label contains `only`."""
+    return {
+        label: (options, lambda bench, label=label, options=options: bench.quantized_row(label, options))
+        for label, options in configurations.items()
+        if not only or only in label
+    }
+
+
 def results(
-    args: argparse.Namespace, evaluate: Callable[[str, argparse.Namespace], list[dict]]
+    args: argparse.Namespace,
+    jobs: Callable[[str, argparse.Namespace], dict[str, Job]],
+    show: Callable[[dict], str],
 ) -> tuple[list[dict], dict[str, Any]]:
-    """Rows of `evaluate` for each model, or of the files to join, and what they were measured on; written as JSON."""
+    """Rows of each model's jobs, or of the files to join, and what they were measured on; written as JSON.
+
+    A model whose rows an earlier run made is not loaded again.
+    """
     if args.join:
         parts = [json.loads(path.read_text()) for path in args.join]
-        rows, about = [row for part in parts for row in part["rows"]], parts[0]["environment"]
-    else:
-        rows = [row for name in args.models for row in evaluate(name, args)]
-        about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
-    return rows, about
+        about, rows = parts[0]["environment"], [row for part in parts for row in part["rows"]]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write(args.out.with_suffix(".json"), about, rows)
+        return rows, about
+    about = environment(args.device, prompts=args.prompts, calibration=args.calibration)
+    table = Rows(args.out, about)
+    for name in args.models:
+        bench = Once(lambda name=name: Bench(name, args.device, args.prompts, args.calibration, args.batch))
+        table.add(name, "bf16", None, lambda bench=bench: bench().dense_row())
+        for label, (config, measure) in jobs(name, args).items():
+            row = table.add(name, label, config, lambda bench=bench, measure=measure: measure(bench()))
+            print(show(row), flush=True)
+    return table.finish(), about

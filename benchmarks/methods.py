@@ -7,16 +7,22 @@ All see the same calibration activations, prompts and seeds. SQNR: median over t
 signal-to-noise ratio on tokens of held-out prompts; none for RobuQ, whose linears were trained to be others. Images are
 compared with the unquantized model's. Bits count scales, low-rank branches and what rotations store; "linear" those of
 the linears with quantized inputs alone, "all" the whole transformer. Writes OUT.json, OUT.md and OUT.png.
+
+A row that fails says why in the table, the others are measured all the same, and the exit code is 1. Rows are kept in
+OUT.part.json as they are made: the same command goes on after a kill, and tries failed rows again.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from embedded import Bench, bars, results
+from embedded import Bench, Job, bars, quantized_jobs, results
+from rows import failures
 
 from dirotq.dirotq_core.demo.embedded import MODELS
 
@@ -54,28 +60,31 @@ TRAINED = {"robuq W1.58A4": "a4", "robuq W1.58 average A3": "a3", "robuq W1.58 a
 COLUMNS = ("SQNR", "PSNR", "SSIM", "scenes", "linear bits", "all bits", "bytes", "step ms")
 
 
-def evaluate(name: str, args: argparse.Namespace) -> list[dict]:
-    bench = Bench(name, args.device, args.prompts, args.calibration, args.batch)
-    rows = [bench.dense_row()]
-    for label, options in ROWS.items():
-        if not args.only or args.only in label:
-            rows.append(bench.quantized_row(label, options))
-            print(format_row(rows[-1]), flush=True)
+def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
+    """Every row of a model."""
+    out = quantized_jobs(ROWS, args.only)
     for label, ending in TRAINED.items() if args.robuq else ():
         folder = args.robuq / f"{name}-{ending}" / "transformer"
-        if not folder.is_dir():
+        if folder.is_dir():
+            out[label] = None, partial(trained_row, label=label, folder=folder)
+        else:
             print(f"{name}: {label} is left out, there is no {folder}", flush=True)
-            continue
-        trained = type(bench.dense).from_pretrained(folder, torch_dtype=torch.bfloat16).to(args.device)
-        config = trained.hf_quantizer.quantization_config
-        options = {k: v for k, v in config.to_diff_dict().items() if k in ("method", "rank", "site_activation_bits")}
-        rows.append(bench.row(label, trained, options, None, 0.0))
-        print(format_row(rows[-1]), flush=True)
-    return rows
+    return out
+
+
+def trained_row(bench: Bench, label: str, folder: Path) -> dict[str, Any]:
+    """Measures a transformer that `robuq.py` trained."""
+    trained = type(bench.dense).from_pretrained(folder, torch_dtype=torch.bfloat16).to(bench.device)
+    config = trained.hf_quantizer.quantization_config
+    options = {k: v for k, v in config.to_diff_dict().items() if k in ("method", "rank", "site_activation_bits")}
+    return bench.row(label, trained, options, None, 0.0)
 
 
 def values(r: dict) -> list[str]:
-    """What stands in `COLUMNS`."""
+    """What stands in `COLUMNS`; of a row that failed, why."""
+    if "error" in r:
+        said = " ".join(r["error"].split()).replace("|", "\\|")
+        return [f"**failed**: {said}", *[""] * (len(COLUMNS) - 1)]
     return [
         "" if r.get("sqnr") is None else f"{r['sqnr']:.1f}",
         f"{r['psnr']:.2f}" if "psnr" in r else "",
@@ -120,11 +129,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images drawn at once")
     parser.add_argument("--join", type=Path, nargs="+", help="only join results of earlier runs, one model each")
     args = parser.parse_args()
-    rows, about = results(args, evaluate)
+    rows, about = results(args, jobs, format_row)
     table = markdown(rows, about)
     print("\n" + table)
     args.out.with_suffix(".md").write_text(table)
     bars(rows, args.out.with_suffix(".png"), colour)
+    sys.exit(failures(rows))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ Writes OUT.json and OUT.png and prints the table.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from embedded import Bench, bars, results
+from embedded import bars, quantized_jobs, results
+from rows import failures
 
 from dirotq.dirotq_core.demo.embedded import MODELS
 
@@ -53,17 +55,9 @@ def configurations() -> dict[str, dict]:
     return rows
 
 
-def evaluate(name: str, args: argparse.Namespace) -> list[dict]:
-    bench = Bench(name, args.device, args.prompts, args.calibration, args.batch)
-    rows = [bench.dense_row()]
-    for label, options in configurations().items():
-        if not args.only or args.only in label:
-            rows.append(bench.quantized_row(label, options))
-            print(format_row(rows[-1]), flush=True)
-    return rows
-
-
 def format_row(r: dict) -> str:
+    if "error" in r:
+        return f"{r['model']:<18} {r['method']:<34} {r['error']}"
     if r["method"] == "bf16":
         return f"{r['model']:<18} {'bf16':<34} {'':>6} {'':>6} {'':>6} {r['accuracy']:>7.1%} {r['bits']:>6.2f}"
     return (
@@ -87,10 +81,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images drawn at once")
     parser.add_argument("--join", type=Path, nargs="+", help="only join results of earlier runs, one model each")
     args = parser.parse_args()
-    rows, _ = results(args, evaluate)
+    rows, _ = results(args, lambda name, args: quantized_jobs(configurations(), args.only), format_row)
     header = f"{'model':<18} {'method':<34} {'SQNR':>6} {'PSNR':>6} {'SSIM':>6} {'scenes':>7} {'bits':>6} {'linear':>6}"
     print("\n" + "\n".join([header, *map(format_row, rows)]))
     bars(rows, args.out.with_suffix(".png"), colour)
+    sys.exit(failures(rows))
 
 
 if __name__ == "__main__":

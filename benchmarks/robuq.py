@@ -6,7 +6,8 @@ From the embedded weights: their linears become ternary with a 16-bit branch of 
 what the 16-bit model predicts on its training data (`--data`: from the data itself, as that model did). The W1.58A4
 model tells how much each site's activation bits matter; bits are allocated under an average budget, and training goes
 on with them. Writes OUT/<model>-a4, -a3 and -a2: pipelines with a quantized transformer that `from_pretrained` loads,
-which `benchmarks/methods.py --robuq OUT` draws with.
+which `benchmarks/methods.py --robuq OUT` draws with; OUT/<model>.json holds the losses on the way. Where a loss is not
+finite, far above what it was, or that of the averaged weights is, training of that model stops and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ import dirotq
 from dirotq.dirotq_core.allocate import allocate_bits, sensitivities
 from dirotq.dirotq_core.demo import train
 from dirotq.dirotq_core.demo.embedded import MODELS, load_pipeline, prompts
+from dirotq.dirotq_core.demo.fit import Diverged
 from dirotq.dirotq_core.demo.scenes import sample_scenes
 from dirotq.dirotq_core.layout import plan_sites
 from dirotq.dirotq_core.methods import METHODS
@@ -73,7 +76,19 @@ def save(pipe: Any, plans: list, config: dirotq.DiRotQConfig, folder: Path) -> N
     type(pipe)(transformer=transformer, **parts).save_pretrained(folder)
 
 
-def train_model(name: str, images: torch.Tensor, captions: list[str], args: argparse.Namespace) -> dict:
+def train_model(name: str, images: torch.Tensor, captions: list[str], args: argparse.Namespace) -> None:
+    """Trains and saves the three pipelines; what is known so far stands in OUT/<model>.json, also if it ends early."""
+    report: dict[str, Any] = {}
+    try:
+        _train_model(name, images, captions, args, report)
+    except Diverged as error:
+        report["error"] = {"message": str(error), "curve": error.curve}
+        raise
+    finally:
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _train_model(name: str, images: torch.Tensor, captions: list[str], args: argparse.Namespace, report: dict) -> None:
     torch.manual_seed(train.SEED)
     pipe = load_pipeline(name, torch.float32).to(args.device)
     pipe.text_encoder.requires_grad_(False)
@@ -86,16 +101,18 @@ def train_model(name: str, images: torch.Tensor, captions: list[str], args: argp
     sites = insert(pipe.transformer, plans, config)
     pipe.transformer.train().requires_grad_(True)
 
-    def fit(steps: int) -> float:
+    def fit(steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         if args.compile:
             torch._dynamo.reset()  # what was compiled for other bits
             pipe.transformer.compile()
-        TRAINERS[name](pipe, latents, captions, steps, args.batch, args.lr, lambda: None, teacher)
+        done = TRAINERS[name](pipe, latents, captions, steps, args.batch, args.lr, lambda: None, teacher)
         pipe.transformer._compiled_call_impl = None  # what follows changes bits all the time
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        print(f"{name}: {seconds:.0f} s, loss of the averaged weights {done.average:.5f}", flush=True)
+        return {"steps": steps, "seconds": seconds, "average": done.average, "curve": done.curve}
 
-    report: dict[str, Any] = {"a4": {"steps": args.steps, "seconds": fit(args.steps)}}
+    report["a4"] = fit(args.steps)
     save(pipe, plans, config, args.out / f"{name}-a4")
 
     held = [s.caption() for s in prompts(args.sensitivity_prompts, seed=3, held_out=False)]
@@ -103,6 +120,7 @@ def train_model(name: str, images: torch.Tensor, captions: list[str], args: argp
     formats = METHODS["robuq"].activations
     modules: list[TernarySite] = [sites[p.owner] for p in quantized]
     costs = sensitivities(modules, formats, Recorded(pipe, MODELS[name].call, held).run)
+    report["sensitivities"] = {p.owner: c for p, c in zip(quantized, costs, strict=True)}
     start = copy.deepcopy(pipe.transformer.state_dict())
     for label, average in AVERAGES.items():
         bits = allocate_bits(costs, [len(p.linears) for p in quantized], average)
@@ -111,10 +129,9 @@ def train_model(name: str, images: torch.Tensor, captions: list[str], args: argp
         pipe.transformer.load_state_dict(start)
         for site, own in zip(modules, bits, strict=True):
             site.activation = formats[own]
-        report[label] = {"bits": digits, "steps": args.steps // 2, "seconds": fit(args.steps // 2)}
+        report[label] = {"bits": digits, **fit(args.steps // 2)}
         mixed = replace(config, site_activation_bits=digits)
         save(pipe, plan_sites_as(plans, bits), mixed, args.out / f"{name}-{label}")
-    return report | {"sensitivities": {p.owner: c for p, c in zip(quantized, costs, strict=True)}}
 
 
 def plan_sites_as(plans: list, bits: list[int]) -> list:
@@ -141,9 +158,15 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # see `demo.train`
     args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
     for name in args.models:
-        report = train_model(name, images, captions, args)
-        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            train_model(name, images, captions, args)
+        except Diverged as error:
+            failed.append(f"{name} is not trained to its end: {error}")
+            print(failed[-1], flush=True)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -105,9 +105,32 @@ def _prepare(s: SiteStatistics) -> Tensors:
 def _apply(x: torch.Tensor, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     work = x if x.dtype == torch.float64 else x.float()
     signs = t["signs"].to(x.device)
-    first, second = (block_rotation(steps, signs, work.dtype) for steps in t["steps"].to(x.device))
-    v = _rotate(_rotate(work, first).index_select(1, t["permutation"].to(x.device)), second)
+    if "hadamard" in t:
+        v = ((work * signs).unflatten(1, (-1, len(t["hadamard"]))) @ t["hadamard"].to(work.dtype)).flatten(1)
+    else:
+        first, second = _rotations(t, signs, work.dtype)
+        v = _rotate(_rotate(work, first).index_select(1, t["permutation"].to(x.device)), second)
     return v.to(x.dtype), x.new_zeros(len(x), 0)
+
+
+def _rotations(t: Tensors, signs: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The blocks of R̂₁ and R̂₂, each [B, n, n]: derived before, or made for this call from their steps."""
+    if "first" in t:
+        return t["first"].to(dtype), t["second"].to(dtype)
+    return tuple(block_rotation(steps, signs, dtype) for steps in t["steps"].to(signs.device))
+
+
+def _derive(t: Tensors) -> dict[str, torch.Tensor]:
+    """H where the site's rotation is D H, else the blocks of R̂₁ and R̂₂, 4 n bytes a column each. Reads values."""
+    steps, permutation = t["steps"], t["permutation"]
+    block = len(permutation) // steps.shape[1]
+    plain = torch.full_like(steps, NO_STEP)
+    plain[0, :, 0] = 0
+    in_order = torch.arange(len(permutation), device=permutation.device, dtype=permutation.dtype)
+    if torch.equal(steps, plain) and torch.equal(permutation, in_order):
+        return {"hadamard": hadamard_matrix(block, device=steps.device)}
+    first, second = _rotations(t, t["signs"], torch.float32)
+    return {"first": first, "second": second}
 
 
 ADAPTIVE_ROTATION = Transform(
@@ -115,5 +138,5 @@ ADAPTIVE_ROTATION = Transform(
     shapes=lambda k, r: {
         "signs": (k,), "permutation": (k,), "steps": (2, k // hadamard_block(k), GREEDY_STEPS),
     },
-    low_features=lambda k, r: k, kernel=False, subspace=False,
+    low_features=lambda k, r: k, kernel=False, subspace=False, derive=_derive,
 )  # fmt: skip

@@ -10,11 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
-from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, unpack_bits, unpack_int4, widen
+from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, table_like, unpack_bits, unpack_int4, widen
 
 GROUP_SIZE = 64
 #: Candidate factors on the initial scale, tried in `WeightFormat.search_scales`.
@@ -181,16 +181,25 @@ class WeightFormat(PackedFormat):
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the nearest table entries to `scaled` (any shape, in table units)."""
-        midpoints, codes, _ = _decision(self.table, scaled.device)
+        midpoints, codes, _ = self.decision(scaled)
         return codes[torch.bucketize(scaled.float(), midpoints)]
 
-    def decision(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Midpoints [2ᵇ − 1] between the sorted table entries, and those entries' codes and values [2ᵇ]."""
-        return _decision(self.table, device)
+    def decision(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Midpoints [2ᵇ − 1] between the sorted table entries, and those entries' codes and values [2ᵇ].
+
+        On the device of `like`; not to be written to.
+        """
+        values = tuple(sorted(self.table))
+        codes = tuple(self.table.index(v) for v in values)
+        return (
+            table_like(_midpoints(values), like, torch.float32),
+            table_like(codes, like, torch.uint8),
+            table_like(values, like, torch.float32),
+        )
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Table entries of `codes` (any shape, uint8) as `dtype`, in table units."""
-        return torch.tensor(self.table, dtype=dtype, device=codes.device)[codes.long()]
+        return table_like(self.table, codes, dtype)[codes.long()]
 
     def scale_columns(self, in_features: int) -> int:
         """How many scales a row of `in_features` columns has."""
@@ -206,18 +215,15 @@ def _divide(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, w / scale, torch.zeros_like(w))
 
 
-@lru_cache(maxsize=32)
-def _decision(table: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    values, codes = torch.tensor(table, dtype=torch.float32, device=device).sort()
-    return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8), values
+def _midpoints(values: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple((a + b) / 2 for a, b in pairwise(values))  # halves: float32 holds them
 
 
 def nearest_entry(table: tuple[int, ...], scaled: torch.Tensor) -> torch.Tensor:
     """The table entries int8 nearest to `scaled` (any shape, in table units)."""
-    # Not `_decision`: torch.compile traces this, and would not keep its cache.
-    values = torch.tensor(sorted(table), dtype=torch.float32, device=scaled.device)
-    midpoints = (values[1:] + values[:-1]) / 2
-    return values.to(torch.int8)[torch.bucketize(scaled, midpoints)]
+    values = tuple(sorted(table))
+    index = torch.bucketize(scaled, table_like(_midpoints(values), scaled, torch.float32))
+    return table_like(values, scaled, torch.int8)[index]
 
 
 def symmetric(*magnitudes: int) -> tuple[int, ...]:

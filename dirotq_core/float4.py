@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import FP4_BLOCK, decode_e2m1, decode_e4m3, nvfp4_scale, quantize_nvfp4, unpack_int4
+from ..kernels import FP4_BLOCK, decode_e2m1, decode_e4m3, nvfp4_scale, quantize_nvfp4, table_like, unpack_int4
 from .codebooks import GROUP_SIZE, PackedFormat, Rounded, Scales
 
 #: NF4's levels by code: quantiles of a Gaussian, seven below 0 and eight above it, as shares of the largest.
@@ -66,14 +66,14 @@ class NormalFloat4(PackedFormat):
     def values(
         self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        levels = torch.tensor(NF4, dtype=dtype, device=codes.device)[codes.int()].unflatten(1, (-1, GROUP_SIZE))
+        levels = table_like(NF4, codes, dtype)[codes.int()].unflatten(1, (-1, GROUP_SIZE))
         return (levels * scales["weight_scale"].to(codes.device, dtype)[:, :, None]).flatten(1)
 
     def nearest(self, w: torch.Tensor, importance: torch.Tensor | None) -> Rounded:
         groups = w.float().unflatten(1, (-1, GROUP_SIZE))
         # Codes are chosen for the scales that will be used.
         scale = groups.abs().amax(2).bfloat16().float()
-        levels = torch.tensor(NF4, device=w.device)
+        levels = table_like(NF4, w, torch.float32)
         middles = (levels[1:] + levels[:-1]) / 2
         scaled = torch.where(scale > 0, 1 / scale, 0)[:, :, None] * groups
         return Rounded(torch.bucketize(scaled, middles).to(torch.uint8).flatten(1), scale)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..kernels import ops, quantize_nvfp4
 from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
+from .derived import Derived
 from .float4 import NVFP4
 from .layout import SitePlan, Spec
 from .transforms import SITE_DTYPES, hadamard_block
@@ -33,6 +34,15 @@ class SiteOutput(NamedTuple):
     blocks: torch.Tensor | None = None
 
 
+class TrainedInput(NamedTuple):
+    """What the differentiable op reads of a site: x [M, K] in its order of columns, U, D; x Aᵀ of absorbed LoRAs."""
+
+    x: torch.Tensor
+    basis: torch.Tensor | None
+    signs: torch.Tensor | None
+    absorbed: torch.Tensor | None
+
+
 class SiteMemo:
     """One slot per model for the last site's result.
 
@@ -40,10 +50,11 @@ class SiteMemo:
     alive when a custom attention processor skips a sibling.
     """
 
-    __slots__ = ("entry",)
+    __slots__ = ("derived", "entry")
 
     def __init__(self) -> None:
         self.entry: tuple | None = None
+        self.derived: list[Derived] = []  # of the model's sites; see `derived`
 
     def __deepcopy__(self, memo: dict) -> SiteMemo:
         return SiteMemo()  # results belong to the forward that made them
@@ -113,6 +124,7 @@ class InputSite(_PinnedDtypes):
         self.float4 = isinstance(plan.format, NVFP4)
         self.activation = activation if plan.quantize_input else None
         self.memo = memo
+        self.derived = Derived()
         self.members: list[DiRotQLinear] = []  # a plain list: the site belongs to them, not they to it
         self.block = plan.transform.block(plan.in_features) if plan.transform else hadamard_block(plan.in_features)
         self.absorptions: list[tuple[int, int]] = []  # (number, rows) of each LoRA in `absorbed`; see `absorb`
@@ -120,16 +132,25 @@ class InputSite(_PinnedDtypes):
             self.register_parameter(name, parameter)
         self.register_parameter("absorbed", None)  # bfloat16 [q, K], never in a checkpoint
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.derived.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.derived.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         return f"in_features={self.plan.in_features}, rank={self.plan.rank}, activation={self.activation}"
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """A site tensor, None if this site has none of that name."""
-        return _as(self._parameters.get(name), SITE_DTYPES.get(name, torch.bfloat16))
+        """A site tensor, None if this site has none of that name; as it is now, whatever offloading does later."""
+        tensor = self._parameters.get(name)
+        return None if tensor is None else _as(tensor.detach(), SITE_DTYPES.get(name, torch.bfloat16))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the site that a checkpoint holds."""
-        return {name: p for name, p in self._parameters.items() if p is not None and name != "absorbed"}
+        """All tensors of the site that a checkpoint holds, as they are now: a gradient must not see them replaced."""
+        return {name: p.detach() for name, p in self._parameters.items() if p is not None and name != "absorbed"}
 
     @property
     def fused(self) -> bool:
@@ -141,9 +162,18 @@ class InputSite(_PinnedDtypes):
         permutation = self.tensor("permutation")
         return x if permutation is None else x.index_select(1, permutation)
 
-    def forward(self, x: torch.Tensor) -> SiteOutput:
-        """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once."""
-        return self._once(x, False)
+    def forward(self, x: torch.Tensor, trained: bool = False) -> Any:
+        """x [..., K] → `SiteOutput` over its tokens; the same tensor object is computed once.
+
+        With `trained` a `TrainedInput`: hooks that bring the site's tensors in must see that use of them, too.
+        """
+        return self._for_training(x) if trained else self._once(x, False)
+
+    def _for_training(self, x: torch.Tensor) -> TrainedInput:
+        rows = x.reshape(-1, x.shape[-1])
+        down = self._parameters["absorbed"]
+        more = None if down is None else rows @ down.to(x.dtype).T
+        return TrainedInput(self.permuted(rows), self.tensor("basis"), self.tensor("signs"), more)
 
     def products(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """y [M, N] of each member for x [..., K], as one product; the same tensor object is computed once.
@@ -233,11 +263,14 @@ class InputSite(_PinnedDtypes):
     def transform(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v [M, K'] in x's dtype and z [M, r] bfloat16, differentiable."""
         transform = self.plan.transform
-        if transform is None:
+        if transform is None or transform.identity:  # no copy either, as the op `rotate` would make one
             return x, x.new_zeros(len(x), 0, dtype=torch.bfloat16)
         if transform.kernel:
             return ops.rotate(self.permuted(x), self.tensor("basis"), self.tensor("signs"), self.block)
-        v, z = transform.apply(x, self.tensors())
+        tensors = self.tensors()
+        if transform.derive is not None:
+            tensors |= self.derived.get(self._parameters, transform.derive, self.memo.derived)
+        v, z = transform.apply(x, tensors)
         return v, z.to(torch.bfloat16)
 
 
@@ -325,28 +358,33 @@ class DiRotQLinear(_PinnedDtypes, nn.Linear):
         name = self.site.activation
         return 16 if name is None else ACTIVATION_FORMATS[name].bits
 
-    def _input(self, x: torch.Tensor) -> SiteOutput:
-        owner = self.site.members[0]
-        if owner is not self and in_offload_group(owner) and not self.site.remembers(x):
+    def _trained(self, x: torch.Tensor) -> bool:
+        """Whether the differentiable op computes it: integer codes carry no gradient."""
+        return self.site.fused and torch.is_grad_enabled() and x.requires_grad
+
+    def _input(self, x: torch.Tensor) -> Any:
+        """What the site makes of x."""
+        owner, trained = self.site.members[0], self._trained(x)
+        if owner is not self and in_offload_group(owner) and (trained or not self.site.remembers(x)):
             # Group offloading of single layers: the site's tensors come and go with their owner, so its hook must run.
             return owner(x, site_only=True)
-        return self.site(x)
+        return self.site(x, True) if trained else self.site(x)
 
     def forward(self, x: torch.Tensor, site_only: bool = False) -> Any:
-        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype; with `site_only` the site's `SiteOutput`."""
+        """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype; with `site_only` what `_input` wants."""
         site = self.site
         if site_only:
-            return site(x)
-        if site.fused and torch.is_grad_enabled() and x.requires_grad:
-            # Integer codes carry no gradient; this op does, with the straight-through estimator. It holds rotation
-            # and product in one, so siblings do not share theirs while an adapter is trained.
+            return self._input(x)
+        if self._trained(x):
+            # Straight through. It holds rotation and product in one, so siblings do not share theirs while an adapter
+            # is trained.
+            own = self._input(x)
             y = ops.linear(
-                site.permuted(x.reshape(-1, self.in_features)), site.tensor("basis"), site.tensor("signs"), site.block,
-                site.activation, self.codes, self.weight_scale, self.own_low_rank, self.bias, self.table,
+                own.x, own.basis, own.signs, site.block, site.activation, self.codes, self.weight_scale,
+                self.own_low_rank, self.bias, self.table,
             )  # fmt: skip
-            if site.absorbed is not None and self.low_rank is not None:
-                z = x.reshape(-1, self.in_features) @ site.absorbed.to(x.dtype).T
-                y = y + z @ self.low_rank[:, site.rank :].to(x.dtype).T
+            if own.absorbed is not None and self.low_rank is not None:
+                y = y + own.absorbed @ self.low_rank[:, site.rank :].to(x.dtype).T
         elif site.fused and site.stacks(x):
             y = site.products(x)[self.index]
         elif (out := self._input(x)).blocks is not None:

@@ -42,7 +42,7 @@ def round_gptq(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor) -> Roun
         return replace(round_nearest(w, fmt, importance), fallback=note)
     scale = fmt.search_scales(w, importance)
     columns = fmt.expand(scale, w.shape[1])[:, order].contiguous()
-    midpoints, codes, values = fmt.decision(w.device)
+    midpoints, codes, values = fmt.decision(w)
     work = w.float()[:, order].contiguous()
     chosen = torch.empty(work.shape, dtype=torch.uint8, device=w.device)
     for start in range(0, work.shape[1], GPTQ_BLOCK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import shutil
@@ -27,15 +28,17 @@ def save_beside() -> None:
     if hasattr(original, "knows_dirotq"):
         return
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def save(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        ours = getattr(self, "quantization_method", None) == "dirotq"
-        if ours:
-            safe = args[2] if len(args) > 2 else kwargs.get("safe_serialization", True)
-            check_savable(self, safe)
+        if getattr(self, "quantization_method", None) != "dirotq":
+            return original(self, save_directory, *args, **kwargs)
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        check_savable(self, given.get("safe_serialization", True), given.get("use_flashpack", False))
         target = Path(save_directory)
         # Pushing uploads the folder it is given; in a distributed run only one process may tidy up.
-        if not ours or kwargs.get("push_to_hub") or not (args[0] if args else kwargs.get("is_main_process", True)):
+        if given.get("push_to_hub") or not given.get("is_main_process", True):
             return original(self, save_directory, *args, **kwargs)
         if target.is_file():
             raise ValueError(f"{target} is a file; give a folder to save the model in")
@@ -53,12 +56,14 @@ def save_beside() -> None:
     ModelMixin.save_pretrained = save  # type: ignore[method-assign]
 
 
-def check_savable(model: nn.Module, safe_serialization: bool) -> None:
-    """Raise ValueError for what must not be saved: pickles, and models with a LoRA loaded or absorbed."""
-    if not safe_serialization:
-        raise ValueError(
-            "dirotq checkpoints are safetensors only; call save_pretrained without safe_serialization=False"
-        )
+def check_savable(model: nn.Module, safe_serialization: bool, use_flashpack: bool = False) -> None:
+    """Raise ValueError for what must not be saved: not as safetensors, or with a LoRA loaded or absorbed."""
+    for said, other in (
+        (f"safe_serialization={safe_serialization}", not safe_serialization),
+        (f"use_flashpack={use_flashpack}", use_flashpack),  # which casts every tensor to one dtype
+    ):
+        if other:
+            raise ValueError(f"dirotq checkpoints are safetensors only; call save_pretrained without {said}")
     names = model.state_dict().keys()
     if any(".base_layer." in name for name in names):
         raise ValueError("a LoRA is loaded; unload it (unload_lora_weights) before saving the quantized model")
@@ -73,7 +78,12 @@ def _replace(target: Path, work: Path) -> None:
     """Move the files of `work` over those of `target`; take away what only the earlier save of this variant had."""
     new = sorted(work.iterdir(), key=lambda p: (p.suffix == ".json", p.name))
     names = {p.name for p in new}
-    weights = next(p.name for p in new if p.suffix == ".safetensors")
+    weights = next((p.name for p in new if p.suffix == ".safetensors"), None)
+    if weights is None:
+        raise ValueError(
+            f"dirotq checkpoints are safetensors only, and diffusers wrote {', '.join(sorted(names)) or 'nothing'}; "
+            f"{target} is as it was"
+        )
     # name.variant-00001-of-00003.safetensors, name.safetensors.index.variant.json; with or without these parts.
     stem = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", weights)
     name, _, variant = stem.partition(".")

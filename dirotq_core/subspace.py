@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,7 @@ ITERATIONS = 30
 TANGENT_ITERATIONS = 3
 #: Widest projected problem that is solved on the host, on one thread: more of them, or a GPU, spend their time waiting.
 SMALL = 512
+_ONE_THREAD = threading.Lock()
 
 
 def eigenvectors_ascending(moment: torch.Tensor) -> torch.Tensor:
@@ -79,12 +81,14 @@ def iterate_subspace(
 def _small_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues ascending and eigenvectors in float64, on the host."""
     matrix = matrix.cpu().double()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return torch.linalg.eigh(matrix)
-    finally:
-        torch.set_num_threads(threads)
+    # The number of threads is the process's: two at once would take each other's one thread for what was set before.
+    with _ONE_THREAD:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return torch.linalg.eigh(matrix)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def pca_basis(moment: torch.Tensor, rank: int) -> torch.Tensor:

@@ -58,6 +58,8 @@ class Transform:
     tensors), with Hadamard blocks of `block(K)` columns; the others run as PyTorch operations.
     Without a moment `prepare` must not look at the weights: `from_pretrained` quantizes siblings one at a time.
     `subspace` says that it has a 16-bit part, so that a rank makes sense.
+    `derive` computes tensors from those of the site, for `apply` to find among them instead of computing them itself;
+    they are kept (see `derived`), so they must be small.
     `shapes(K, r)` gives the stored tensors' shapes, `low_features(K, r)` the width K' of v.
     """
 
@@ -70,6 +72,12 @@ class Transform:
     subspace: bool
     fast_unfold: Callable[[torch.Tensor, torch.Tensor | None, Tensors], torch.Tensor] | None = None
     block: Callable[[int], int] = hadamard_block
+    derive: Callable[[Tensors], dict[str, torch.Tensor]] | None = None
+
+    @property
+    def identity(self) -> bool:
+        """Whether v is x and z empty, so that nothing needs to run."""
+        return self.apply is _apply_identity
 
     def unfold(self, w: torch.Tensor, low_rank: torch.Tensor | None, t: Tensors) -> torch.Tensor:
         """The dense W [N, K] float32 that w [N, K'] and L [N, r] stand for, with x Wᵀ = z Lᵀ + v wᵀ for every x."""

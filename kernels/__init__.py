@@ -30,6 +30,7 @@ from .ops import (
     rotate,
     rotate_quantize,
 )
+from .tables import lasting, table_like
 
 __all__ = [
     "API_VERSION",
@@ -49,6 +50,7 @@ __all__ = [
     "dequantize",
     "dequantize_nvfp4",
     "hadamard_matrix",
+    "lasting",
     "linear",
     "linear_a8",
     "linear_a8_siblings",
@@ -63,6 +65,7 @@ __all__ = [
     "rotate",
     "rotate_quantize",
     "round_columns",
+    "table_like",
     "unpack_bits",
     "unpack_int4",
     "unpack_trits",

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .lattice import unpack_int4
+from .tables import table_like
 
 FP4_BLOCK = 16
 """Columns that share a block scale."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by index."""
+
+E2M1_BY_CODE = (*E2M1, *(-e for e in E2M1))
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 NAN_BITS = 0x7F
@@ -35,13 +38,32 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of codes uint8 0..15."""
-    table = torch.tensor([*E2M1, *(-e for e in E2M1)], dtype=dtype, device=codes.device)
-    return table[codes.int()]
+    return table_like(E2M1_BY_CODE, codes, dtype)[codes.int()]
+
+
+# Both directions are arithmetic on the bits of float32, equal to torch's conversions: those become Triton's in a
+# compiled graph, which has none before sm_89, and what they make of values beyond 448 depends on torch's version.
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """The 8 bits of e4m3, uint8, of x float32: to nearest, ties to even; saturates at ±448, and NaN stays one."""
+    bits = x.view(torch.int32)
+    size = bits & 0x7FFFFFFF
+    most = size.clamp(max=0x43E00000)  # 448
+    normal = ((most + 0x7FFFF + (most >> 20 & 1)) >> 20) - (120 << 3)
+    subnormal = (x.abs().clamp(max=2.0**-6) * 512).round().to(torch.int32)  # whole steps of 2⁻⁹, up to the first normal
+    code = torch.where(size < 0x3C800000, subnormal, normal)  # below 2⁻⁶
+    code = code.masked_fill(size > 0x7F800000, NAN_BITS)
+    return (code | (bits >> 24 & 128)).to(torch.uint8)
 
 
 def decode_e4m3(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of the 8 bits of e4m3, uint8."""
-    return bits.view(torch.float8_e4m3fn).to(dtype)
+    code = bits.to(torch.int32)
+    size = code & 127
+    normal = ((size << 20) + (120 << 23)).view(torch.float32)
+    value = torch.where(size < 8, size.to(torch.float32) / 512, normal).masked_fill(size == NAN_BITS, torch.nan)
+    return torch.where(code >= 128, -value, value).to(dtype)
 
 
 def nvfp4_scale(largest: Tensor) -> Tensor:
@@ -61,11 +83,11 @@ def quantize_nvfp4(v: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tens
     v = v.float()
     scale = nvfp4_scale(v.abs().amax(1)) if scale is None else scale
     blocks = (v * torch.where(scale > 0, 1 / scale, 0)[:, None]).unflatten(1, (-1, FP4_BLOCK))
-    beta = (blocks.abs().amax(2) / E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    divisor = beta.float()[:, :, None]
+    beta = encode_e4m3((blocks.abs().amax(2) / E2M1_MAX).clamp(max=E4M3_MAX))
+    divisor = decode_e4m3(beta)[:, :, None]
     codes = encode_e2m1(torch.where(divisor > 0, blocks / divisor, 0)).flatten(1)
     # Not `pack_int4`: its check of the range would wait for the GPU, and these are 0..15 by construction.
-    return codes[:, 0::2] | (codes[:, 1::2] << 4), beta.view(torch.uint8), scale
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), beta, scale
 
 
 def dequantize_nvfp4(codes: Tensor, blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,6 +4,7 @@ A code is 0..15; a *table* gives the int8 value of each code. Lattice values mul
 a quantized matmul is one integer GEMM with one scale per row on either side.
 """
 
+import struct
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -55,8 +56,15 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def decode(packed: Tensor, table: Sequence[int]) -> Tensor:
     """Lattice values int8 [..., K] of `packed` uint8 [..., K/2] under `table`, 16 integers in [-127, 127]."""
-    values = torch.tensor(list(table), dtype=torch.int8)
-    byte = torch.arange(256)
-    # One look-up of 16 bits gives both values of a byte.
-    pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1).view(torch.int16).flatten()
-    return pairs.to(packed.device)[packed.int()].view(torch.int8)
+    byte = torch.arange(256, device=packed.device)
+    # One look-up of 16 bits gives both values of a byte. The table is made on the device, of two words of eight
+    # values: a copy from the host would be waited for.
+    pairs = torch.stack((_entries(table, byte & 15), _entries(table, byte >> 4)), dim=-1)
+    return pairs.view(torch.int16).flatten()[packed.int()].view(torch.int8)
+
+
+def _entries(table: Sequence[int], codes: Tensor) -> Tensor:
+    """The int8 values of int64 `codes` 0..15."""
+    low, high = struct.unpack("<2q", struct.pack("<16b", *table))
+    word = torch.where(codes < 8, low, high)
+    return (word >> 8 * (codes & 7)).to(torch.int8)

@@ -310,9 +310,14 @@ def _rotate_backward(dv: Tensor | None, dz: Tensor | None, ctx: Any) -> Tensor |
     return dx - inside @ u.T
 
 
+def _as_used(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` with the data of the forward pass: offloading takes a parameter's away when that has ended."""
+    return None if tensor is None else tensor.detach()
+
+
 def _setup_rotate(ctx, inputs, output):
     x, basis, signs, block = inputs
-    ctx.basis, ctx.signs, ctx.block, ctx.dtype = basis, signs, block, x.dtype
+    ctx.basis, ctx.signs, ctx.block, ctx.dtype = _as_used(basis), _as_used(signs), block, x.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -322,7 +327,8 @@ def _backward_rotate(ctx, dv, dz):
 
 
 def _setup_linear_a16(ctx, inputs, output):
-    _x, _z, ctx.weight, ctx.weight_scale, ctx.low_rank, _bias, ctx.table = inputs
+    _x, _z, weight, weight_scale, low_rank, _bias, ctx.table = inputs
+    ctx.weight, ctx.weight_scale, ctx.low_rank = _as_used(weight), _as_used(weight_scale), _as_used(low_rank)
 
 
 def _backward_linear_a16(ctx, dy):
@@ -335,9 +341,9 @@ def _backward_linear_a16(ctx, dy):
 
 
 def _setup_linear(ctx, inputs, output):
-    x, ctx.basis, ctx.signs, ctx.block, _mode, *weights = inputs
-    ctx.weight, ctx.weight_scale, ctx.low_rank, _bias, ctx.table = weights
-    ctx.dtype = x.dtype
+    x, basis, signs, ctx.block, _mode, weight, weight_scale, low_rank, _bias, ctx.table = inputs
+    ctx.basis, ctx.signs, ctx.dtype = _as_used(basis), _as_used(signs), x.dtype
+    ctx.weight, ctx.weight_scale, ctx.low_rank = _as_used(weight), _as_used(weight_scale), _as_used(low_rank)
 
 
 def _backward_linear(ctx, dy):

@@ -1,6 +1,7 @@
 """Triton kernel that unpacks 4-bit weights to 8-bit table values, for products that read plain 8-bit matrices."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -63,6 +64,12 @@ def unpack_kernel(
     tl.store(out_ptr + 2 * start + out_at, out, mask=2 * start + out_at < 2 * words)
 
 
+@lru_cache
+def _as_bytes(table: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """The table's bytes in an 8-bit dtype."""
+    return tuple(torch.tensor(table, dtype=torch.float32).to(dtype).view(torch.int8).tolist())
+
+
 def unpack(
     weight: Tensor, table: Sequence[int], dtype: torch.dtype = torch.int8, *, overlap: bool = False,
     out: Tensor | None = None,
@@ -75,7 +82,7 @@ def unpack(
         out = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=dtype, device=weight.device)
     words = weight.numel() // 4
     if dtype != torch.int8:
-        table = torch.tensor(list(table), dtype=torch.float32).to(dtype).view(torch.int8).tolist()
+        table = _as_bytes(tuple(table), dtype)
     block = 1024
     early = {"launch_pdl": True} if overlap else {}  # unknown to some GPUs' compilers
     asm = not INTERPRETED.value and torch.version.hip is None

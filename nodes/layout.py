@@ -201,7 +201,7 @@ def _lattice(
 
 
 def _transform(rows: torch.Tensor, p: Params, plan: SitePlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if plan.transform is None:
+    if plan.transform is None or plan.transform.identity:
         return rows, None
     if plan.transform.kernel:  # as the diffusers backend does it: in float32 up to the end
         how = reference if p.plain else ops

@@ -10,8 +10,7 @@ import argparse
 import copy
 import json
 import multiprocessing
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +24,13 @@ from torch import Tensor, nn
 from . import architectures
 from .checker import check
 from .embedded import MAX_TOKENS, MODELS, load_pipeline, prompts
+from .fit import Fit, fit, progress
 from .scenes import Scene, draw, sample_scenes
 
 SEED = 0
 VAE_BATCH = 128
 CAPTION_DROP = 0.1  # share of captions replaced by the empty one, for guidance
 GUIDANCE = (1.0, 5.0)  # the range FLUX's guidance embedding is distilled over
-EMA = 0.999
 STEPS = {"pixart": 26_000, "flux": 16_000}
 
 
@@ -39,72 +38,13 @@ def render(scenes: list[Scene]) -> Tensor:
     """uint8 [n, 3, 128, 128], drawn by all processor cores."""
     with multiprocessing.Pool() as pool:
         drawn = pool.imap(_draw, enumerate(scenes), chunksize=256)
-        images = np.stack(list(_progress(drawn, len(scenes), "drawing")))
+        images = np.stack(list(progress(drawn, len(scenes), "drawing")))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _draw(job: tuple[int, Scene]) -> np.ndarray:
     seed, scene = job
     return np.asarray(draw(scene, seed=seed))
-
-
-def _progress(items: Iterable, total: int, what: str) -> Iterable:
-    """The items, with twenty lines of progress in all."""
-    start = time.time()
-    for i, item in enumerate(items, 1):
-        yield item
-        if i % max(1, total // 20) == 0:
-            print(f"{what}: {i}/{total}, {time.time() - start:.0f} s", flush=True)
-
-
-def fit(
-    modules: list[nn.Module],
-    loss: Callable[[], Tensor],
-    steps: int,
-    lr: float,
-    what: str,
-    checkpoint: Callable[[], None] = lambda: None,
-) -> None:
-    """Minimize `loss` with AdamW, cosine decay after a warm-up; leave the moving average of the weights."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    warmup = min(300, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup),
-        ],
-        milestones=[warmup],
-    )
-
-    @torch.no_grad()
-    def swap() -> None:
-        """Exchange the weights with their moving average."""
-        for p, a in zip(parameters, average, strict=True):
-            p.data, a.data = a.data, p.data
-
-    device = parameters[0].device.type
-    recent = torch.zeros((), device=device)
-    for step in _progress(range(1, steps + 1), steps, what):
-        with torch.autocast(device, torch.bfloat16):
-            value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        # The average forgets the start quickly, then keeps about a thousand steps.
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], max(1 - EMA, 1 / step))
-        recent.lerp_(value.detach().float(), max(0.01, 1 / step))
-        if step % max(1, steps // 20) == 0:
-            print(f"{what}: loss {recent.item():.5f}", flush=True)
-        if step % 2000 == 0:
-            swap()
-            checkpoint()
-            swap()
-    swap()
 
 
 def train_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int, batch: int) -> Tensor:
@@ -157,7 +97,7 @@ def train_pixart(
     lr: float,
     checkpoint: Callable[[], None],
     teacher: nn.Module | None = None,
-) -> None:
+) -> Fit:
     """Noise prediction at uniform timesteps. The variance half of the output, which the sampler ignores, stays 0.
 
     With a teacher, a trained transformer, its prediction of the noise is learned instead of the noise itself.
@@ -191,7 +131,7 @@ def train_pixart(
         error = (pipe.transformer(**inputs).sample.chunk(2, dim=1)[0].float() - target).square().mean((1, 2, 3))
         return (weights[t] * error).mean()
 
-    fit(trained(pipe), loss, steps, lr, "pixart", checkpoint)
+    return fit(trained(pipe), loss, steps, lr, "pixart", checkpoint)
 
 
 def train_flux(
@@ -203,7 +143,7 @@ def train_flux(
     lr: float,
     checkpoint: Callable[[], None],
     teacher: nn.Module | None = None,
-) -> None:
+) -> Fit:
     """Rectified flow, then, as in FLUX.1-dev, distillation of guidance into the guidance embedding.
 
     With a teacher, a trained transformer, its velocities at every guidance are learned instead.
@@ -247,8 +187,7 @@ def train_flux(
                 target = velocity(trained_models, x, sigma, rows, guidance)
             return F.mse_loss(velocity(models, x, sigma, rows, guidance), target)
 
-        fit([models], teacher_loss, steps, lr, "flux", checkpoint)
-        return
+        return fit([models], teacher_loss, steps, lr, "flux", checkpoint)
 
     one = torch.ones(batch, device=device)
 
@@ -267,7 +206,7 @@ def train_flux(
             target = plain + guidance.view(-1, 1, 1) * (velocity(frozen, x, sigma, rows, one) - plain)
         return F.mse_loss(velocity(models, x, sigma, rows, guidance), target)
 
-    fit([models], guidance_loss, steps // 6, lr / 2, "flux guidance", checkpoint)
+    return fit([models], guidance_loss, steps // 6, lr / 2, "flux guidance", checkpoint)
 
 
 def trained(pipe: DiffusionPipeline) -> list[nn.Module]:

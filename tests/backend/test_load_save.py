@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 
@@ -125,9 +126,30 @@ def test_a_config_object_is_not_changed_by_loading(case):
     assert config == dirotq.DiRotQConfig()
 
 
-def test_pickle_is_refused(case, tmp_path):
-    with pytest.raises(ValueError, match="safetensors only"):
-        case.load().save_pretrained(tmp_path, safe_serialization=False)
+@pytest.mark.parametrize(
+    ("args", "kwargs", "said"),
+    [
+        ((), {"safe_serialization": False}, "safe_serialization=False"),
+        ((True, None, False), {}, "safe_serialization=False"),
+        ((), {"safe_serialization": None}, "safe_serialization=None"),
+        ((), {"use_flashpack": True}, "use_flashpack=True"),
+    ],
+)
+def test_other_files_than_safetensors_are_refused(case, tmp_path, args, kwargs, said):
+    with pytest.raises(ValueError, match=f"safetensors only; call save_pretrained without {said}"):
+        case.load().save_pretrained(tmp_path / "new", *args, **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_without_weights_leaves_the_earlier_one(case, tmp_path, monkeypatch):
+    """However that comes about."""
+    model = case.load()
+    model.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *a, **k: None)
+    with pytest.raises(ValueError, match=r"safetensors only, and diffusers wrote config\.json; .* is as it was"):
+        model.save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_model_without_a_recipe(tmp_path):

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.hooks import apply_group_offloading
 
 import dirotq
 from dirotq.dirotq_core.build import quantized_linears
@@ -84,6 +85,62 @@ def test_fusing_under_group_offload_is_refused(flux_case, tmp_path):
     for change in (model.fuse_lora, model.unfuse_lora):
         with pytest.raises(ValueError, match="before enabling group offload"):
             change()
+
+
+class Siblings(torch.nn.Module):
+    """FLUX.1's linears of one site, the one that owns its tensors last."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.parts = torch.nn.ModuleList([block.proj_mlp, block.attn.to_v, block.attn.to_k, block.attn.to_q])
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+def gradient(module, x):
+    x = x.clone().requires_grad_()
+    module(x).float().square().mean().backward()
+    return x.grad
+
+
+@groups_on_cpu
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [(None, 4), (None, 8), (None, 16), ("orbitquant", 3), ("orbitquant", 4), ("lrq", 4), ("robuq", 2), ("nvfp4", 4),
+     ("nf4", 16), ("rtn", 4)],
+)  # fmt: skip
+def test_gradients_of_linears_in_groups(flux_case, tmp_path, method, bits):
+    """Backward runs when the weights are gone again; on disk what stands in their place is not initialized."""
+    config = dirotq.DiRotQConfig(method=method, activation_bits=bits) if method else dirotq.DiRotQConfig()
+    model = flux_case.on_the_fly(config)
+    dirotq.set_activation_bits(model, bits)
+    module = Siblings(model.single_transformer_blocks[0])
+    x = torch.randn(1, 9, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = gradient(module, x)
+    apply_group_offloading(module, CPU, CPU, "leaf_level", offload_to_disk_path=str(tmp_path))
+    assert all(torch.equal(gradient(module, x), expected) for _ in range(2))
+
+
+def lora_gradients(model, helpers):
+    model(**helpers.inputs(model))[0].float().square().mean().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@groups_on_cpu
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_lora_trains_in_groups(pixart_case, helpers, tmp_path, level, bits):
+    """PixArt's; diffusers loses the weights of FLUX.1's normalizations, of dense models as well."""
+    found = []
+    for offload in (False, True):
+        model = loaded(pixart_case, bits)
+        torch.manual_seed(0)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["to_q", "to_k"]), model)
+        if offload:
+            model.enable_group_offload(CPU, CPU, level, offload_to_disk_path=str(tmp_path), **LEVELS[level])
+        found.append(lora_gradients(model, helpers))
+    assert len(found[0]) == 16 and all(torch.equal(g, found[1][n]) for n, g in found[0].items())
 
 
 # --- accelerate ---------------------------------------------------------------------------------------------------

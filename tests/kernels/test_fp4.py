@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dirotq import kernels
 from dirotq.kernels import fp4
@@ -125,3 +126,50 @@ def test_the_product(branch):
 def test_arguments_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         kernels.linear_nvfp4(**{**operands(), "out_dtype": torch.float32, **wrong})
+
+
+def float32_patterns():
+    """Every sign, exponent and upper 7 bits of the mantissa, with lower bits that decide ties, and their neighbours."""
+    upper = torch.arange(1 << 16).repeat_interleave(7) << 16
+    lower = torch.tensor([0, 1, 2, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).repeat(1 << 16)
+    return (upper | lower).to(torch.int32).view(torch.float32)
+
+
+def test_e4m3_has_the_bits_of_torchs_conversion():
+    """Ties, subnormals, both zeros, values of either sign up to where rounding passes 448."""
+    x = float32_patterns()
+    x = x[(x.abs() <= 464) | x.isnan()]
+    ours, theirs = fp4.encode_e4m3(x), x.to(torch.float8_e4m3fn).view(torch.uint8)
+    number = ~x.isnan()
+    assert len(set(ours[number].tolist())) == 254 and torch.equal(ours[number], theirs[number])
+    assert set((ours[~number] & 127).tolist()) == {fp4.NAN_BITS}
+
+
+def test_e4m3_saturates():
+    x = torch.tensor([448.0, 464.0, 465.0, 480.0, 1e30, torch.inf])
+    assert torch.cat([fp4.encode_e4m3(x), fp4.encode_e4m3(-x)]).tolist() == [0x7E] * 6 + [0xFE] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_e4m3_values_have_the_bits_of_torchs_conversion(dtype):
+    bits = torch.arange(256, dtype=torch.uint8)
+    ours, theirs = fp4.decode_e4m3(bits, dtype), bits.view(torch.float8_e4m3fn).to(dtype)
+    number = ~theirs.isnan()
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.signbit()[number], theirs.signbit()[number])
+    assert torch.equal(ours[number], theirs[number])
+
+
+def test_a_compiled_graph_has_no_float8():
+    """Triton converts to e4m3 from sm_89 on only."""
+
+    def both(v):
+        codes, blocks, scale = fp4.quantize_nvfp4(v)
+        return fp4.dequantize_nvfp4(codes, blocks) * scale[:, None]
+
+    v = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    graph = make_fx(both)(v)
+    dtypes = {node.meta["tensor_meta"].dtype for node in graph.graph.nodes if "tensor_meta" in node.meta}
+    assert torch.float32 in dtypes and torch.float8_e4m3fn not in dtypes
+    torch.compiler.reset()
+    compiled = torch.compile(fp4.quantize_nvfp4, fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(compiled(v), fp4.quantize_nvfp4(v), strict=True))

@@ -1,6 +1,8 @@
 """`pca_basis` and `joint_basis` against singular vectors and the fixed-point equation."""
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -126,3 +128,29 @@ def test_joint_basis_is_pca_for_white_weights(activations):
     c, _, _ = problem(activations, 1.5)
     u = joint_basis(torch.from_numpy(c), [torch.eye(96)], 16).numpy()
     np.testing.assert_allclose(projector(u), projector(pca_basis(torch.from_numpy(c), 16).numpy()), atol=1e-8)
+
+
+def test_two_threads_at_once_leave_the_number_of_threads_alone(monkeypatch):
+    """It is the process's: the one that began second must not put back the first one's single thread."""
+    count, inside, eigh = [8], [], torch.linalg.eigh
+
+    def slow(matrix):
+        inside.append(count[0])
+        time.sleep(0.002 * (len(inside) % 3))
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: count.__setitem__(0, n))
+    monkeypatch.setattr(torch.linalg, "eigh", slow)
+    matrices = [torch.eye(8) * (i + 1) for i in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        values = [v[0] for v, _ in pool.map(subspace._small_eigh, matrices)]
+    assert [float(v) for v in values] == [i + 1 for i in range(24)]
+    assert count == [8] and inside == [1] * 24
+
+
+def test_an_error_leaves_the_number_of_threads_alone():
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError):
+        subspace._small_eigh(torch.ones(3))
+    assert torch.get_num_threads() == threads and subspace._small_eigh(torch.eye(2))[0].tolist() == [1, 1]
