@@ -184,13 +184,17 @@ class InputSite(_PinnedDtypes):
 
     def stacks(self, x: torch.Tensor) -> bool:
         """Whether `products` can read every member now: none is elsewhere, or brought in by a hook of its own."""
-        return len(self.members) == self.users > 1 and all(
-            m.weight.device == x.device
-            and not hasattr(m, "_hf_hook")
-            and not hasattr(m, "_diffusers_hook")
-            and (m.bias is None) == (self.members[0].bias is None)
-            for m in self.members
-        )
+        if self.users == 1 or len(self.members) != self.users:
+            return False
+        if self.remembers(x, True):  # the first sibling has looked
+            return True
+        bias = self.members[0].bias is None
+        for m in self.members:
+            if m.weight.device != x.device or (m.bias is None) != bias:
+                return False
+            if hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook"):
+                return False
+        return True
 
     def _multiply(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.compute(x)
@@ -225,10 +229,10 @@ class InputSite(_PinnedDtypes):
     def _holds(self, entry: tuple, x: torch.Tensor, how: tuple) -> bool:
         return entry[0] is self and entry[1] is x and entry[2] == how
 
-    def remembers(self, x: torch.Tensor) -> bool:
-        """Whether `forward` would return what it has computed for x already."""
+    def remembers(self, x: torch.Tensor, stacked: bool = False) -> bool:
+        """Whether `forward`, or `products` with `stacked`, would return what it has computed for x already."""
         entry = self.memo.entry
-        return entry is not None and self._holds(entry, x, self._state(x, False))
+        return entry is not None and self._holds(entry, x, self._state(x, stacked))
 
     def compute(self, x: torch.Tensor) -> SiteOutput:
         x = x.reshape(-1, x.shape[-1])
