@@ -5,10 +5,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+import dirotq
+from dirotq.dirotq_core.single_file import read_native
 
 from ..hub_server import Hub
 from . import models
+from .core import load
 from .server import PACK, ROOT, Server
+from .training import image_ids
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 
@@ -65,3 +72,75 @@ def client(server):
 @pytest.fixture(scope="session")
 def object_info(client):
     return client.object_info()
+
+
+@pytest.fixture(scope="session")
+def core(checkout):
+    return load(checkout)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders in the diffusers layout: calibrated FLUX.1 with a 16-bit subspace, data-free PixArt."""
+    from dirotq.dirotq_core.calibrate import Calibration
+    from dirotq.dirotq_core.layout import plan_sites
+    from dirotq.dirotq_core.quantize import install_all, solve_all
+
+    flux, pixart = tmp_path_factory.mktemp("flux"), tmp_path_factory.mktemp("pixart")
+    model = models.flux()
+    config = dirotq.DiRotQConfig(rank=64).resolved(calibrated=True)
+    plans = plan_sites(model, config)
+    calibration = Calibration(model, plans)
+    calibration.ran = True
+    ids = image_ids()
+    with torch.no_grad(), calibration.recording():
+        for i in range(24):
+            g = torch.Generator().manual_seed(i)
+            model(
+                hidden_states=torch.randn(1, 16, 64, generator=g).bfloat16(),
+                encoder_hidden_states=torch.randn(1, 12, 4096, generator=g).bfloat16(),
+                pooled_projections=torch.randn(1, 768, generator=g).bfloat16(),
+                timestep=torch.tensor([i / 24]).bfloat16(),
+                img_ids=ids,
+                txt_ids=torch.zeros(12, 3),
+                guidance=torch.tensor([3.5]),
+            )
+    install_all(model, plans, config, solve_all(model, plans, config, calibration, progress=False)[1])
+    model.save_pretrained(flux)
+    dense = tmp_path_factory.mktemp("dense")
+    models.pixart().save_pretrained(dense)
+    quantized = PixArtTransformer2DModel.from_pretrained(
+        dense, quantization_config=dirotq.DiRotQConfig(), torch_dtype=torch.bfloat16
+    )
+    quantized.save_pretrained(pixart)
+    return {"flux": flux, "pixart": pixart}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(folders):
+    return read_native(folders["flux"])
+
+
+@pytest.fixture
+def make(core, checkpoint):
+    """A fresh MODEL of the FLUX.1 checkpoint."""
+
+    def make(bits="16", lora="side branch", backend="auto"):
+        return core.model.make_model(checkpoint, core.model.make_settings(checkpoint, bits, backend, lora))
+
+    yield make
+    core.comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def dense(core, make):
+    """The dense MODEL in float32 with the weights that the 4-bit ones stand for."""
+    state = {}
+    source = make().model.diffusion_model
+    for name, tensor in source.state_dict().items():
+        weight = source.get_submodule(name.rpartition(".")[0]).weight if name.endswith(".weight") else None
+        if hasattr(weight, "_params"):
+            state[name] = core.layout.DiRotQLayout.dequantize32(weight._qdata, weight._params)
+        elif ".input_site." not in name and not name.endswith(("weight_scale", "low_rank")):
+            state[name] = tensor.float()
+    return core.comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
