@@ -13,7 +13,7 @@ from dirotq.dirotq_core.single_file import read_native
 
 from ..hub_server import Hub
 from . import models
-from .core import load
+from .core import dequantized, load
 from .server import PACK, ROOT, Server
 from .training import image_ids
 
@@ -135,12 +135,4 @@ def make(core, checkpoint):
 @pytest.fixture
 def dense(core, make):
     """The dense MODEL in float32 with the weights that the 4-bit ones stand for."""
-    state = {}
-    source = make().model.diffusion_model
-    for name, tensor in source.state_dict().items():
-        weight = source.get_submodule(name.rpartition(".")[0]).weight if name.endswith(".weight") else None
-        if hasattr(weight, "_params"):
-            state[name] = core.layout.DiRotQLayout.dequantize32(weight._qdata, weight._params)
-        elif ".input_site." not in name and not name.endswith(("weight_scale", "low_rank")):
-            state[name] = tensor.float()
-    return core.comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+    return dequantized(core, make())

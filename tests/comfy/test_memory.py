@@ -6,8 +6,11 @@ import weakref
 import pytest
 import torch
 
+from . import loras
 from .core import forward, relative, run
 from .loras import WIDTH, lora, with_core_loras
+
+LOKR = {"transformer_blocks.0.attn.to_q": (1, 1), "single_transformer_blocks.1.proj_out": (5, 1)}
 
 
 def tensors_of(module):
@@ -44,6 +47,30 @@ def test_partial_load_computes_the_same(core, make, budget, loras, bits):
         assert relative(low, expected) < 2e-3
     else:  # as far apart as rounding in the input's last places moves codes, which is little beside the LoRA
         assert relative(low, expected) < 0.2 * relative(expected, plain)
+
+
+@pytest.mark.parametrize("bits", ["4", "16"])
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_partial_load_with_our_lora(core, make, budget, bits):
+    """Branches beside the linears are the same wherever the weights are."""
+    model = core.branches.apply_lora(make(bits=bits), lora(0), 1.0)
+    expected = run(core, model)
+    core.comfy.model_management.unload_all_models()
+    model.patch_model(torch.device("cpu"), lowvram_model_memory=budget)
+    assert torch.equal(forward(model), expected)
+    model.detach()
+
+
+def test_a_lokr_on_weights_that_stream(core, make, dense):
+    """Of full rank, and still no weight is rounded anew where it arrives for every use."""
+    model = make(bits="16")
+    state = loras.lokr(LOKR, WIDTH, scale=8.0)
+    plain, plain_dense = run(core, model), run(core, dense)
+    patched = core.comfy.sd.load_lora_for_models(model, None, state, 1.0, 0)[0]
+    core.comfy.model_management.unload_all_models()
+    patched.load(torch.device("cpu"), lowvram_model_memory=1, force_patch_weights=False, full_load=False)
+    expected = run(core, core.comfy.sd.load_lora_for_models(dense, None, state, 1.0, 0)[0]) - plain_dense
+    assert relative(forward(patched) - plain, expected) < 0.01
 
 
 @pytest.mark.parametrize("bits", ["4", "16"])
