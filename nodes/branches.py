@@ -15,6 +15,7 @@ from comfy.patcher_extension import PatcherInjection
 
 from .operations import DiRotQLinear
 from .side_lora import Branch, branch_of
+from .size import add_branch_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,14 @@ class _Injection:
     def inject(self, patcher: Any) -> None:
         for name, branches in self.branches.items():
             module: DiRotQLinear = comfy.utils.get_attr(patcher.model, name)
+            if self.key not in module.side_loras:
+                patcher.model.model_loaded_weight_memory += sum(b.nbytes for b in branches)
             module.side_loras[self.key] = [b.to(patcher.load_device) for b in branches]
 
     def eject(self, patcher: Any) -> None:
         for name in self.branches:
-            comfy.utils.get_attr(patcher.model, name).side_loras.pop(self.key, None)
+            branches = comfy.utils.get_attr(patcher.model, name).side_loras.pop(self.key, ())
+            patcher.model.model_loaded_weight_memory -= sum(b.nbytes for b in branches)
 
 
 def apply_lora(patcher: Any, lora: Mapping[str, torch.Tensor], strength: float) -> Any:
@@ -84,5 +88,6 @@ def apply_lora(patcher: Any, lora: Mapping[str, torch.Tensor], strength: float) 
         clone.add_patches(others, strength)
     if branches:
         injection = _Injection(branches)
+        add_branch_bytes(clone, sum(b.nbytes for one in branches.values() for b in one))
         clone.set_injections(f"dirotq_lora_{uuid.uuid4()}", [PatcherInjection(injection.inject, injection.eject)])
     return clone

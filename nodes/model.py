@@ -15,6 +15,7 @@ from ..dirotq_core.single_file import NativeCheckpoint
 from ..kernels import backend
 from .choices import ACTIVATION_BITS, BACKENDS, LORA_MODES
 from .operations import Settings, make_operations
+from .size import count_when_loaded
 
 
 def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: str) -> Settings:
@@ -68,6 +69,7 @@ def make_model(checkpoint: NativeCheckpoint, settings: Settings, disable_dynamic
     # ComfyUI makes a second, plain patcher with it where dynamic VRAM is not wanted.
     patcher.cached_patcher_init = (make_model, (checkpoint, settings))
     patcher.set_attachments("dirotq", checkpoint.config)
+    count_when_loaded(patcher)
     return patcher
 
 

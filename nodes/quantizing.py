@@ -22,6 +22,7 @@ from .calibrate import Sampling, calibrated_sites
 from .folders import checkpoint_root
 from .model import make_model, make_settings
 from .progress import Progress
+from .size import count_when_loaded
 from .source import SourceWeights
 
 
@@ -118,6 +119,7 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
     clone = model.clone(model_override=made.get_clone_model_override())
     clone.patches, clone.size, clone.cached_patcher_init = {}, 0, made.cached_patcher_init
     clone.set_attachments("dirotq", checkpoint.config)
+    count_when_loaded(clone)
     return clone
 
 

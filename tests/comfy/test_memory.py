@@ -31,6 +31,39 @@ def test_model_size_is_what_is_held(core, make):
     assert len(held) == len([t for t in tensors_of(model.model) if t.nbytes])
 
 
+def held_bytes(model):
+    """Of all tensors that a module holds, those of LoRAs beside its linears included; memory they share once."""
+    found = list(tensors_of(model))
+    for module in model.modules():
+        for branches in getattr(module, "side_loras", {}).values():
+            found += [t for b in branches for t in vars(b).values() if isinstance(t, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.nbytes for t in found if t.nbytes}
+    assert sum(storages.values()) == sum(t.nbytes for t in found)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("mode", ["side branch", "requantize"])
+def test_model_size_counts_loras(core, make, mode):
+    """LoRAs of core's loader, which become part of the weights, of our node, and both; and none of them afterwards."""
+    model = make(lora=mode)
+    alone = model.model_size()
+    theirs = with_core_loras(core, model, 1.0)
+    ours = core.branches.apply_lora(
+        core.branches.apply_lora(model, lora(1), 0.7), loras.lokr(LOKR, WIDTH, scale=8.0), 1.0
+    )
+    both = core.branches.apply_lora(theirs, lora(1), 0.7)
+    assert ours.model_size() > alone  # before it is loaded, too: ComfyUI makes room for that much
+    for patcher in (theirs, ours, both, theirs, model):
+        run(core, patcher)
+        assert patcher.model_size() == held_bytes(patcher.model) == patcher.loaded_size()
+        assert patcher.clone().model_size() == patcher.model_size()
+    assert model.model_size() == alone == held_bytes(model.model)
+    assert ours.model_size() > alone and both.model_size() > alone
+    assert (theirs.model_size() > alone) == (mode == "side branch")
+    core.comfy.model_management.unload_all_models()
+    assert held_bytes(model.model) == alone
+
+
 @pytest.mark.parametrize("bits", ["4", "16"])
 @pytest.mark.parametrize("budget", [1, 10**6])
 @pytest.mark.parametrize("loras", [(), (1.0, 0.7)])
