@@ -13,9 +13,9 @@ from dirotq.dirotq_core.single_file import read_native
 
 from ..hub_server import Hub
 from . import models
+from .beside_diffusers import calibrated_flux
 from .core import dequantized, load
 from .server import PACK, ROOT, Server
-from .training import image_ids
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 
@@ -82,31 +82,8 @@ def core(checkout):
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Folders in the diffusers layout: calibrated FLUX.1 with a 16-bit subspace, data-free PixArt."""
-    from dirotq.dirotq_core.calibrate import Calibration
-    from dirotq.dirotq_core.layout import plan_sites
-    from dirotq.dirotq_core.quantize import install_all, solve_all
-
     flux, pixart = tmp_path_factory.mktemp("flux"), tmp_path_factory.mktemp("pixart")
-    model = models.flux()
-    config = dirotq.DiRotQConfig(rank=64).resolved(calibrated=True)
-    plans = plan_sites(model, config)
-    calibration = Calibration(model, plans)
-    calibration.ran = True
-    ids = image_ids()
-    with torch.no_grad(), calibration.recording():
-        for i in range(24):
-            g = torch.Generator().manual_seed(i)
-            model(
-                hidden_states=torch.randn(1, 16, 64, generator=g).bfloat16(),
-                encoder_hidden_states=torch.randn(1, 12, 4096, generator=g).bfloat16(),
-                pooled_projections=torch.randn(1, 768, generator=g).bfloat16(),
-                timestep=torch.tensor([i / 24]).bfloat16(),
-                img_ids=ids,
-                txt_ids=torch.zeros(12, 3),
-                guidance=torch.tensor([3.5]),
-            )
-    install_all(model, plans, config, solve_all(model, plans, config, calibration, progress=False)[1])
-    model.save_pretrained(flux)
+    calibrated_flux(dirotq.DiRotQConfig(rank=64)).save_pretrained(flux)
     dense = tmp_path_factory.mktemp("dense")
     models.pixart().save_pretrained(dense)
     quantized = PixArtTransformer2DModel.from_pretrained(

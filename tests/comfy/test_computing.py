@@ -1,7 +1,5 @@
 """What a quantized model computes in ComfyUI: as diffusers does, and as the dense weights that the codes stand for."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
@@ -9,26 +7,8 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 import dirotq
 from dirotq.dirotq_core.single_file import read_native
 
+from .beside_diffusers import assert_equal, drawing
 from .core import condition, relative, run
-from .training import image_ids, packed
-
-
-def unpacked(x, h, w):
-    return x.view(len(x), h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, h, w)
-
-
-# Codes are decided by comparisons, so one unit in the last place of float32 moves some of them, which moves the output
-# by 0.4 % at 8 bit and 2 % at 4. What equality means there is: no further apart than the same model with inputs that
-# differ by as little. With 16-bit activations only the
-# 16-bit part z is rounded, to bfloat16.
-LAST_PLACES = [1 + sign * 2**-power for power in (22, 21, 20) for sign in (1, -1)]
-
-
-def assert_equal(ours, model_on, x, bits):
-    """`ours` is what `model_on` makes of x, but for rounding."""
-    theirs = model_on(x)
-    least = 2**-8 if bits == 16 else 0  # a unit in bfloat16's last place, by which z may differ
-    assert relative(ours, theirs) < max(least, 2 * max(relative(model_on(x * p), theirs) for p in LAST_PLACES))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -42,23 +22,7 @@ def test_latents_equal_those_of_diffusers(core, make, folders, bits):
     )
     model = FluxTransformer2DModel.from_pretrained(folders["flux"], torch_dtype=torch.float32)
     dirotq.set_activation_bits(model, bits)
-    from comfy.samplers import calculate_sigmas
-
-    sigmas = calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
-    ids = image_ids()
-
-    @torch.no_grad()
-    def sampled(noise):
-        x = packed(noise * sigmas[0])
-        for now, then in pairwise(sigmas):
-            velocity = model(
-                hidden_states=x, encoder_hidden_states=given["context"], pooled_projections=given["y"],
-                timestep=now[None], img_ids=ids, txt_ids=torch.zeros(12, 3), guidance=given["guidance"],
-            ).sample  # fmt: skip
-            x = x + (then - now) * velocity
-        return patcher.get_model_object("latent_format").process_out(unpacked(x, 8, 8))
-
-    assert_equal(latent, sampled, noise, bits)
+    assert_equal(latent, drawing(core, patcher, model, given, steps), noise, bits)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
