@@ -25,7 +25,7 @@ def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: s
         bits: one of `ACTIVATION_BITS`. kernels: of `BACKENDS`. lora: of `LORA_MODES`.
 
     Raises:
-        ValueError: a value is none of these.
+        ValueError: a value is none of these, or the checkpoint's method has no activations of so many bits.
         RuntimeError: Triton is asked for and cannot run here.
     """
     for name, value, choices in (
@@ -39,6 +39,11 @@ def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: s
         if obstacle:
             raise RuntimeError(f"backend 'triton' cannot run: {obstacle}")
     config = checkpoint.quantization
+    if bits != "default" and int(bits) not in config.activation_choices:
+        known = [b for b in ACTIVATION_BITS if b == "default" or int(b) in config.activation_choices]
+        raise ValueError(
+            f"this checkpoint's method {config.method!r} has no {bits}-bit activations; choose {' or '.join(known)}"
+        )
 
     def activation(plan: SitePlan) -> str | None:
         if bits == "default":

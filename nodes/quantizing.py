@@ -75,6 +75,20 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype, copy=True)
 
 
+def examine(
+    model: Any, config: DiRotQConfig, width: int, height: int
+) -> tuple[SourceWeights, dict[str, Any], list[SitePlan]]:
+    """Weights, config.json and sites of a dense MODEL; ValueError if it cannot be quantized, or not at that size."""
+    weights = SourceWeights(model)
+    description, plans = native_plans(weights.shapes, config)
+    if description["_class_name"].startswith("PixArt") and width + height <= 512:
+        raise ValueError(
+            f"ComfyUI's PixArt divides by zero at {width} x {height} pixels; its sides must be more than 256 pixels on "
+            "average"
+        )
+    return weights, description, plans
+
+
 def quantize_calibrated(
     sampling: Sampling, config: DiRotQConfig, path: Path, node_id: str | None = None
 ) -> tuple[Any, str]:
@@ -83,13 +97,7 @@ def quantize_calibrated(
     Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
     """
     model = sampling.model
-    weights = SourceWeights(model)
-    description, plans = native_plans(weights.shapes, config)
-    if description["_class_name"].startswith("PixArt") and sampling.width + sampling.height <= 512:
-        raise ValueError(
-            f"ComfyUI's PixArt divides by zero at {sampling.width} x {sampling.height} pixels; its sides must "
-            "be more than 256 pixels on average"
-        )
+    weights, description, plans = examine(model, config, sampling.width, sampling.height)
     solved = calibrated_sites(sampling, weights, plans, config, node_id)
     checkpoint = assemble(weights, solved, plans, config, description)
     rows = [row for site in solved.values() for row in site.reports]
