@@ -94,7 +94,7 @@ def quantize_calibrated(
 ) -> tuple[Any, str]:
     """Quantize the model of `sampling` on the images it draws and save it; the quantized MODEL, and a report.
 
-    Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
+    Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file, also while it is written.
     """
     model = sampling.model
     weights, description, plans = examine(model, config, sampling.width, sampling.height)
@@ -102,7 +102,8 @@ def quantize_calibrated(
     checkpoint = assemble(weights, solved, plans, config, description)
     rows = [row for site in solved.values() for row in site.reports]
     measured = {r.name: r.output_db for r in rows if r.output_db is not None and math.isfinite(r.output_db)}
-    write_native(path, checkpoint.tensors, checkpoint.config, measured)
+    interrupt = comfy.model_management.throw_exception_if_processing_interrupted
+    write_native(path, checkpoint.tensors, checkpoint.config, measured, before_each=interrupt)
     report = QuantizationReport(config.method, config.activation_bits or 4, rows)
     return put_on(model, checkpoint), report_text(report, path)
 
