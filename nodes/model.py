@@ -14,6 +14,7 @@ from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file import NativeCheckpoint
 from ..kernels import backend
 from .choices import ACTIVATION_BITS, BACKENDS, LORA_MODES
+from .hooks import refuse_weight_hooks
 from .operations import Settings, make_operations
 from .size import count_when_loaded
 
@@ -75,6 +76,7 @@ def make_model(checkpoint: NativeCheckpoint, settings: Settings, disable_dynamic
     patcher.cached_patcher_init = (make_model, (checkpoint, settings))
     patcher.set_attachments("dirotq", checkpoint.config)
     count_when_loaded(patcher)
+    refuse_weight_hooks(patcher)
     return patcher
 
 

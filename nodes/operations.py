@@ -13,10 +13,14 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file.convert import SITE
-from .layout import LAYOUT, LINEAR_FIELDS, SITE_FIELDS, DiRotQLayout, Params
+from .layout import LAYOUT, LINEAR_FIELDS, SIDE_FIELDS, SITE_FIELDS, DiRotQLayout, Params
 from .layout import linear as quantized_linear
 from .side_branch import side_branch
 from .side_lora import Branch, branches_of
+
+#: Names of a packed weight's tensors in a state dict → fields of `Params`; those of its site are behind a further dot.
+_FIELDS = {**LINEAR_FIELDS, **{f"lora_{name}": name for name in SIDE_FIELDS}}
+_SITE = SITE.removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -124,17 +128,22 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
             return
         p = weight._params
         destination[prefix + "weight"] = weight._qdata
-        for name, field in LINEAR_FIELDS.items():
+        for name, field in _FIELDS.items():
             if getattr(p, field) is not None:
                 destination[prefix + name] = getattr(p, field)
         for name in SITE_FIELDS:
             if getattr(p, name) is not None:
                 destination[prefix + SITE + name] = getattr(p, name)
-        for name in ("down", "up"):
-            if getattr(p, name) is not None:
-                destination[f"{prefix}lora_{name}"] = getattr(p, name)
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def __getattr__(self, name: str) -> Any:
+        """Tensors of the packed weight under the names that `state_dict` gives them, where ComfyUI looks for them."""
+        if name in _FIELDS or name == _SITE:
+            weight = self._parameters.get("weight")
+            if isinstance(weight, QuantizedTensor):
+                return weight._params if name == _SITE else getattr(weight._params, _FIELDS[name])
+        return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # nn.Module swaps the data of parameters in place, which wrapper subclasses refuse.

@@ -20,6 +20,7 @@ from ..dirotq_core.single_file import NativeCheckpoint, fusions, infer_config, w
 from ..dirotq_core.solve import SolvedSite, solve_site
 from .calibrate import Sampling, calibrated_sites
 from .folders import checkpoint_root
+from .hooks import refuse_weight_hooks
 from .model import make_model, make_settings
 from .progress import Progress
 from .size import count_when_loaded
@@ -129,6 +130,7 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
     clone.patches, clone.size, clone.cached_patcher_init = {}, 0, made.cached_patcher_init
     clone.set_attachments("dirotq", checkpoint.config)
     count_when_loaded(clone)
+    refuse_weight_hooks(clone)
     return clone
 
 

@@ -1,4 +1,4 @@
-"""What hangs on a sampler's MODEL besides LoRAs: a ControlNet and the preview of each step."""
+"""What hangs on a sampler's MODEL besides LoRAs: a ControlNet, previews, LoRA hooks, and merges of two models."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ from diffusers import FluxControlNetModel
 from safetensors.torch import save_file
 
 from . import graphs, models
-from .core import condition, relative
+from .core import condition, dequantized, relative, run
 from .graphs import node
+from .loras import lora
 
 STEPS = 3
 
@@ -43,9 +44,9 @@ def control(core):
     return net.set_cond_hint(hint().movedim(-1, 1), 1.0, (0.0, 1.0), vae=vae)
 
 
-def draw(core, patcher, control=None, callback=None):
+def draw(core, patcher, control=None, callback=None, **more):
     given = condition()
-    extras = {"pooled_output": given["y"], "guidance": 3.5}
+    extras = {"pooled_output": given["y"], "guidance": 3.5, **more}
     if control is not None:
         extras |= {"control": control.copy(), "control_apply_to_uncond": False}
         extras["control"].set_cond_hint(control.cond_hint_original, 1.0, (0.0, 1.0), vae=control.vae)
@@ -108,3 +109,40 @@ def test_previews_are_those_of_the_dense_model(core, make, dense, monkeypatch, b
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == (8, 8, 3) and b.std() > 5
         assert np.abs(a - b).mean() < levels
+
+
+def test_lora_hooks_are_refused(core, make, dense):
+    """They would be left in the weights; the same MODEL draws on without them."""
+    import comfy.hooks
+
+    model = make()
+    plain = draw(core, model)
+    hooks = comfy.hooks.create_hook_lora(lora(0), 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"^LoRA hooks cannot change 4-bit weights \(double_blocks\.0\..*\); "):
+        draw(core, model, hooks=hooks)
+    assert torch.equal(draw(core, model), plain)
+    assert not torch.equal(draw(core, dense, hooks=hooks), draw(core, dense))
+
+
+def test_merging_two_quantized_models(core, make, checkpoint):
+    """ComfyUI's ModelMergeSimple: W₁ + (1 − ratio)(W₂ − W₁), rounded anew."""
+    import dataclasses
+
+    tensors = dict(checkpoint.tensors)
+    name = "single_blocks.1.linear2.weight_scale"
+    tensors[name] = 6 * tensors[name]
+    other = dataclasses.replace(checkpoint, tensors=tensors)
+    models_ = make(), core.model.make_model(other, core.model.make_settings(other, "16", "auto", "side branch"))
+    twins = [dequantized(core, patcher) for patcher in models_]
+
+    def merged(one, two):
+        clone = one.clone()
+        for key, patch in two.get_key_patches("diffusion_model.").items():
+            clone.add_patches({key: patch}, 0.5, 0.5)
+        return clone
+
+    plain, expected = run(core, twins[0]), run(core, merged(*twins))
+    before = run(core, models_[0])
+    assert relative(plain, expected) > 0.02
+    assert relative(run(core, merged(*models_)), expected) < 0.5 * relative(plain, expected)
+    assert torch.equal(run(core, models_[0]), before)
