@@ -147,7 +147,8 @@ def test_other_patches_and_requantizing_stay_with_comfyui(core, make):
 
 def test_unloading_frees_everything(core, checkpoint):
     settings_ = core.model.make_settings(checkpoint, "4", "auto", "side branch")
-    model = core.branches.apply_lora(core.model.make_model(checkpoint, settings_), lora(0), 1.0)
+    model = with_core_loras(core, core.model.make_model(checkpoint, settings_), 1.0)
+    model = core.branches.apply_lora(model, lora(1), 1.0)
     run(core, model)
     inner = weakref.ref(model.model.diffusion_model)
     core.comfy.model_management.unload_all_models()
