@@ -28,8 +28,8 @@ PIXART = {
     "kohya": loras.kohya(PIXART_LAYERS, PIXART_WIDTH),
     "lokr": loras.lokr(PIXART_LAYERS, PIXART_WIDTH, "lora_unet_", scale=2.0),
 }
-#: What is no product of two thin matrices, so that core's loader can but round it into the weights; and what ours can.
-FULL_RANK, ROUNDED = {"lokr", "loha"}, {"loha"}
+#: What is no product of two thin matrices, so that core's loader can but round it into the weights.
+FULL_RANK = {"lokr"}
 LOADERS = ("ours", "side branch", "requantize")
 
 
@@ -38,7 +38,7 @@ def core_loaded(core, patcher, state, strength):
 
 
 def tolerance(loader, form):
-    rounds = form in ROUNDED if loader == "ours" else loader == "requantize" or form in FULL_RANK
+    rounds = loader == "requantize" or (loader == "side branch" and form in FULL_RANK)
     return 0.2 if rounds else 0.01
 
 
