@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +16,13 @@ _COPY = 1 << 24
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor | TensorEntry], metadata: dict[str, str] | None = None
-) -> None:
-    """Write one safetensors file, larger dtypes first so that every tensor is aligned; same input, same bytes."""
+    path: Path, tensors: Mapping[str, torch.Tensor | TensorEntry], metadata: dict[str, str] | None = None,
+    before_each: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
+    """Write one safetensors file, larger dtypes first so that every tensor is aligned; same input, same bytes.
+
+    before_each: called before each tensor is written; may raise to stop.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -30,6 +34,8 @@ def write_safetensors(
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for _, t in ordered:
+            if before_each is not None:
+                before_each()
             if isinstance(t, TensorEntry):
                 _copy(t, f)
             else:

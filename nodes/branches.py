@@ -14,14 +14,15 @@ import torch
 from comfy.patcher_extension import PatcherInjection
 
 from .operations import DiRotQLinear
-from .side_lora import SideLoRA, branch_of
+from .side_lora import Branch, branch_of
+from .size import add_branch_bytes
 
 logger = logging.getLogger(__name__)
 
 
 def side_branches(
     patches: Mapping[Any, Any], shapes: Mapping[str, tuple[int, int]], strength: float
-) -> tuple[dict[str, list[SideLoRA]], dict[Any, Any]]:
+) -> tuple[dict[str, list[Branch]], dict[Any, Any]]:
     """LoRAs as branches of their linears, and the patches that are none.
 
     Args:
@@ -31,7 +32,7 @@ def side_branches(
     Raises:
         ValueError: a LoRA's shape does not fit its linear.
     """
-    branches: dict[str, list[SideLoRA]] = {}
+    branches: dict[str, list[Branch]] = {}
     others: dict[Any, Any] = {}
     for key, patch in patches.items():
         name, part = (key, None) if isinstance(key, str) else (key[0], key[1])
@@ -50,18 +51,21 @@ def side_branches(
 class _Injection:
     """Puts branches into their modules while a model with this LoRA is loaded, and takes them out again."""
 
-    def __init__(self, branches: Mapping[str, list[SideLoRA]]):
+    def __init__(self, branches: Mapping[str, list[Branch]]):
         self.branches = branches
         self.key = object()
 
     def inject(self, patcher: Any) -> None:
         for name, branches in self.branches.items():
             module: DiRotQLinear = comfy.utils.get_attr(patcher.model, name)
+            if self.key not in module.side_loras:
+                patcher.model.model_loaded_weight_memory += sum(b.nbytes for b in branches)
             module.side_loras[self.key] = [b.to(patcher.load_device) for b in branches]
 
     def eject(self, patcher: Any) -> None:
         for name in self.branches:
-            comfy.utils.get_attr(patcher.model, name).side_loras.pop(self.key, None)
+            branches = comfy.utils.get_attr(patcher.model, name).side_loras.pop(self.key, ())
+            patcher.model.model_loaded_weight_memory -= sum(b.nbytes for b in branches)
 
 
 def apply_lora(patcher: Any, lora: Mapping[str, torch.Tensor], strength: float) -> Any:
@@ -80,9 +84,10 @@ def apply_lora(patcher: Any, lora: Mapping[str, torch.Tensor], strength: float) 
     clone = patcher.clone()
     if others:
         names = ", ".join(str(k if isinstance(k, str) else k[0]) for k in list(others)[:3])
-        logger.info("%d patches of this LoRA are no plain LoRA and go into the weights: %s", len(others), names)
+        logger.info("%d patches of this LoRA are no plain LoRA or LoKr and go into the weights: %s", len(others), names)
         clone.add_patches(others, strength)
     if branches:
         injection = _Injection(branches)
+        add_branch_bytes(clone, sum(b.nbytes for one in branches.values() for b in one))
         clone.set_injections(f"dirotq_lora_{uuid.uuid4()}", [PatcherInjection(injection.inject, injection.eject)])
     return clone

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 
 class LoRA(io.ComfyNode):
-    """A LoRA on a quantized or dense MODEL."""
+    """A LoRA on a quantized MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

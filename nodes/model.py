@@ -14,7 +14,9 @@ from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file import NativeCheckpoint
 from ..kernels import backend
 from .choices import ACTIVATION_BITS, BACKENDS, LORA_MODES
+from .hooks import refuse_weight_hooks
 from .operations import Settings, make_operations
+from .size import count_when_loaded
 
 
 def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: str) -> Settings:
@@ -24,7 +26,7 @@ def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: s
         bits: one of `ACTIVATION_BITS`. kernels: of `BACKENDS`. lora: of `LORA_MODES`.
 
     Raises:
-        ValueError: a value is none of these.
+        ValueError: a value is none of these, or the checkpoint's method has no activations of so many bits.
         RuntimeError: Triton is asked for and cannot run here.
     """
     for name, value, choices in (
@@ -38,6 +40,11 @@ def make_settings(checkpoint: NativeCheckpoint, bits: str, kernels: str, lora: s
         if obstacle:
             raise RuntimeError(f"backend 'triton' cannot run: {obstacle}")
     config = checkpoint.quantization
+    if bits != "default" and int(bits) not in config.activation_choices:
+        known = [b for b in ACTIVATION_BITS if b == "default" or int(b) in config.activation_choices]
+        raise ValueError(
+            f"this checkpoint's method {config.method!r} has no {bits}-bit activations; choose {' or '.join(known)}"
+        )
 
     def activation(plan: SitePlan) -> str | None:
         if bits == "default":
@@ -68,6 +75,8 @@ def make_model(checkpoint: NativeCheckpoint, settings: Settings, disable_dynamic
     # ComfyUI makes a second, plain patcher with it where dynamic VRAM is not wanted.
     patcher.cached_patcher_init = (make_model, (checkpoint, settings))
     patcher.set_attachments("dirotq", checkpoint.config)
+    count_when_loaded(patcher)
+    refuse_weight_hooks(patcher)
     return patcher
 
 

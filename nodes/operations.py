@@ -13,10 +13,14 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..dirotq_core.layout import SitePlan
 from ..dirotq_core.single_file.convert import SITE
-from .layout import LAYOUT, LINEAR_FIELDS, SITE_FIELDS, DiRotQLayout, Params
+from .layout import LAYOUT, LINEAR_FIELDS, SIDE_FIELDS, SITE_FIELDS, DiRotQLayout, Params
 from .layout import linear as quantized_linear
 from .side_branch import side_branch
-from .side_lora import SideLoRA, branches_of
+from .side_lora import Branch, branches_of
+
+#: Names of a packed weight's tensors in a state dict → fields of `Params`; those of its site are behind a further dot.
+_FIELDS = {**LINEAR_FIELDS, **{f"lora_{name}": name for name in SIDE_FIELDS}}
+_SITE = SITE.removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,16 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
         self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
         self._biased = bias
         #: Branches of `DiRotQLoRA` nodes, by node, in the order they were stacked.
-        self.side_loras: dict[object, list[SideLoRA]] = {}
+        self.side_loras: dict[object, list[Branch]] = {}
         self._core_patch: Any = None
-        self._core_branches: list[SideLoRA] = []
+        self._core_branches: list[Branch] = []
 
     @property
     def weight_lowvram_function(self) -> Any:
         """What ComfyUI's dynamic VRAM puts on the weight whenever it arrives: core's LoRAs.
 
-        It would unpack the weight, add them and round all of it anew. Those that are plain LoRAs become branches
-        instead, and it finds nothing to do.
+        It would unpack the weight, add them and round all of it anew. Those that are plain LoRAs or LoKr become
+        branches instead, and it finds nothing to do.
         """
         return self._core_patch
 
@@ -84,7 +88,7 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
         branches = self._branches_of(patch)
         self._core_patch, self._core_branches = (None, branches) if branches else (patch, [])
 
-    def _branches_of(self, patch: Any) -> list[SideLoRA] | None:
+    def _branches_of(self, patch: Any) -> list[Branch] | None:
         if not self._settings.exact_lora or not isinstance(self.weight, QuantizedTensor):
             return None
         if not getattr(patch, "is_lowvram_patch", False):
@@ -124,17 +128,22 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
             return
         p = weight._params
         destination[prefix + "weight"] = weight._qdata
-        for name, field in LINEAR_FIELDS.items():
+        for name, field in _FIELDS.items():
             if getattr(p, field) is not None:
                 destination[prefix + name] = getattr(p, field)
         for name in SITE_FIELDS:
             if getattr(p, name) is not None:
                 destination[prefix + SITE + name] = getattr(p, name)
-        for name in ("down", "up"):
-            if getattr(p, name) is not None:
-                destination[f"{prefix}lora_{name}"] = getattr(p, name)
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def __getattr__(self, name: str) -> Any:
+        """Tensors of the packed weight under the names that `state_dict` gives them, where ComfyUI looks for them."""
+        if name in _FIELDS or name == _SITE:
+            weight = self._parameters.get("weight")
+            if isinstance(weight, QuantizedTensor):
+                return weight._params if name == _SITE else getattr(weight._params, _FIELDS[name])
+        return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # nn.Module swaps the data of parameters in place, which wrapper subclasses refuse.
@@ -150,7 +159,7 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
                 branch.add_to(y, input)
         return y
 
-    def _without_waiting(self, input: torch.Tensor) -> tuple[torch.Tensor, list[list[SideLoRA]]]:
+    def _without_waiting(self, input: torch.Tensor) -> tuple[torch.Tensor, list[list[Branch]]]:
         """The product, and the core LoRAs it is without.
 
         Where ComfyUI keeps the weight in host memory, they wait in `weight_function` for it to arrive.
@@ -173,7 +182,7 @@ class DiRotQLinear(comfy.ops.manual_cast.Linear):
         ) as (weight, bias):  # fmt: skip
             if isinstance(weight, QuantizedTensor):
                 return quantized_linear(input, weight, bias)
-            # A patch that is no plain LoRA, on a weight that lives in host memory: put on it on its way, dense.
+            # A patch that is no branch, on a weight that lives in host memory: put on it on its way, dense.
             return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_: Any) -> torch.Tensor:

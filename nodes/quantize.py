@@ -8,6 +8,22 @@ from comfy_api.latest import io
 
 from ..dirotq_core.methods import METHODS
 
+ACTIVATION_BITS = ("4", "8", "16")
+
+
+def obstacle(method: str | None, activation_bits: str | None) -> str | None:
+    """Why the two values cannot go together, as one sentence, or None. A value is None where the graph computes it."""
+    if method is not None and method not in METHODS:
+        return f"method must be one of {', '.join(METHODS)}, got {method!r}"
+    if activation_bits is not None and activation_bits not in ACTIVATION_BITS:
+        return f"activation_bits must be one of {', '.join(ACTIVATION_BITS)}, got {activation_bits!r}"
+    if method is None or activation_bits is None:
+        return None
+    known = [bits for bits in ACTIVATION_BITS if bits == "16" or int(bits) in METHODS[method].activations]
+    if activation_bits in known:
+        return None
+    return f"method {method!r} has no {activation_bits}-bit activations; choose {' or '.join(known)}"
+
 
 class Quantize(io.ComfyNode):
     """Calibrates a dense MODEL and saves it in 4 bit."""
@@ -52,8 +68,11 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "activation_bits",
-                    ["4", "8", "16"],
-                    tooltip="Bits of the activations that the checkpoint asks for; it can be changed when loading.",
+                    list(ACTIVATION_BITS),
+                    tooltip=(
+                        "Bits of the activations that the checkpoint asks for; it can be changed when loading. nf4 has "
+                        "16 only, nvfp4 and robuq have 4 and 16."
+                    ),
                 ),
                 io.Int.Input(
                     "samples", default=32, min=1, max=1024, tooltip="How many prompts are drawn for calibration."
@@ -100,6 +119,11 @@ class Quantize(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, method: str | None = None, activation_bits: str | None = None) -> bool | str:
+        """ComfyUI asks before it queues a graph, so nothing has been loaded or drawn yet."""
+        return obstacle(method, activation_bits) or True
+
+    @classmethod
     def execute(
         cls, model: Any, filename: str, method: str, rank: int, activation_bits: str, samples: int, steps: int,
         width: int, height: int, cfg: float, seed: int, prompts: str, clip: Any = None, positive: Any = None,
@@ -108,9 +132,13 @@ class Quantize(io.ComfyNode):
         from . import quantizing
         from .calibrate import Sampling
 
+        problem = obstacle(method, activation_bits)
+        if problem:
+            raise ValueError(problem)
         quantizing.check_inputs(clip, positive, negative, cfg)
         path = quantizing.target_path(filename)
         config = quantizing.calibrated_config(method, rank, int(activation_bits), seed)
+        quantizing.examine(model, config, width, height)
         conditionings = quantizing.conditionings(clip, positive, prompts, samples, cls.hidden.unique_id)
         sampling = Sampling(model, conditionings, negative, samples, steps, cfg, width, height, seed)
         return io.NodeOutput(*quantizing.quantize_calibrated(sampling, config, path, cls.hidden.unique_id))

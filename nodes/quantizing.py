@@ -20,8 +20,10 @@ from ..dirotq_core.single_file import NativeCheckpoint, fusions, infer_config, w
 from ..dirotq_core.solve import SolvedSite, solve_site
 from .calibrate import Sampling, calibrated_sites
 from .folders import checkpoint_root
+from .hooks import refuse_weight_hooks
 from .model import make_model, make_settings
 from .progress import Progress
+from .size import count_when_loaded
 from .source import SourceWeights
 
 
@@ -74,26 +76,35 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype, copy=True)
 
 
+def examine(
+    model: Any, config: DiRotQConfig, width: int, height: int
+) -> tuple[SourceWeights, dict[str, Any], list[SitePlan]]:
+    """Weights, config.json and sites of a dense MODEL; ValueError if it cannot be quantized, or not at that size."""
+    weights = SourceWeights(model)
+    description, plans = native_plans(weights.shapes, config)
+    if description["_class_name"].startswith("PixArt") and width + height <= 512:
+        raise ValueError(
+            f"ComfyUI's PixArt divides by zero at {width} x {height} pixels; its sides must be more than 256 pixels on "
+            "average"
+        )
+    return weights, description, plans
+
+
 def quantize_calibrated(
     sampling: Sampling, config: DiRotQConfig, path: Path, node_id: str | None = None
 ) -> tuple[Any, str]:
     """Quantize the model of `sampling` on the images it draws and save it; the quantized MODEL, and a report.
 
-    Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file.
+    Nothing is written before all is computed; an error or ComfyUI's interrupt leaves no file, also while it is written.
     """
     model = sampling.model
-    weights = SourceWeights(model)
-    description, plans = native_plans(weights.shapes, config)
-    if description["_class_name"].startswith("PixArt") and sampling.width + sampling.height <= 512:
-        raise ValueError(
-            f"ComfyUI's PixArt divides by zero at {sampling.width} x {sampling.height} pixels; its sides must "
-            "be more than 256 pixels on average"
-        )
+    weights, description, plans = examine(model, config, sampling.width, sampling.height)
     solved = calibrated_sites(sampling, weights, plans, config, node_id)
     checkpoint = assemble(weights, solved, plans, config, description)
     rows = [row for site in solved.values() for row in site.reports]
     measured = {r.name: r.output_db for r in rows if r.output_db is not None and math.isfinite(r.output_db)}
-    write_native(path, checkpoint.tensors, checkpoint.config, measured)
+    interrupt = comfy.model_management.throw_exception_if_processing_interrupted
+    write_native(path, checkpoint.tensors, checkpoint.config, measured, before_each=interrupt)
     report = QuantizationReport(config.method, config.activation_bits or 4, rows)
     return put_on(model, checkpoint), report_text(report, path)
 
@@ -118,6 +129,8 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
     clone = model.clone(model_override=made.get_clone_model_override())
     clone.patches, clone.size, clone.cached_patcher_init = {}, 0, made.cached_patcher_init
     clone.set_attachments("dirotq", checkpoint.config)
+    count_when_loaded(clone)
+    refuse_weight_hooks(clone)
     return clone
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ REPORT_KEY = "dirotq_report"
 
 def write_native(
     path: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any],
-    output_db: Mapping[str, float] | None = None,
+    output_db: Mapping[str, float] | None = None, before_each: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """Write native tensors and the transformer's config.json to `path`; the file appears only when it is complete.
 
     output_db: native linear → SQNR in dB of its outputs, where it was measured; for who reads the file later.
+    before_each: called before each tensor is written; if it raises, no file is left.
 
     Raises:
         FileExistsError: `path` exists.
@@ -43,7 +44,8 @@ def write_native(
         metadata = {METADATA_KEY: json.dumps(config, sort_keys=True)}
         if output_db:
             metadata[REPORT_KEY] = json.dumps({name: round(db, 2) for name, db in output_db.items()}, sort_keys=True)
-        write_safetensors(partial, tensors, metadata)  # safetensors' own writer leaves the order of metadata to chance
+        # safetensors' own writer leaves the order of metadata to chance.
+        write_safetensors(partial, tensors, metadata, before_each)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,9 +5,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+import dirotq
+from dirotq.dirotq_core.single_file import read_native
 
 from ..hub_server import Hub
 from . import models
+from .beside_diffusers import calibrated_flux
+from .core import dequantized, load
 from .server import PACK, ROOT, Server
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
@@ -65,3 +72,44 @@ def client(server):
 @pytest.fixture(scope="session")
 def object_info(client):
     return client.object_info()
+
+
+@pytest.fixture(scope="session")
+def core(checkout):
+    return load(checkout)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders in the diffusers layout: calibrated FLUX.1 with a 16-bit subspace, data-free PixArt."""
+    flux, pixart = tmp_path_factory.mktemp("flux"), tmp_path_factory.mktemp("pixart")
+    calibrated_flux(dirotq.DiRotQConfig(rank=64)).save_pretrained(flux)
+    dense = tmp_path_factory.mktemp("dense")
+    models.pixart().save_pretrained(dense)
+    quantized = PixArtTransformer2DModel.from_pretrained(
+        dense, quantization_config=dirotq.DiRotQConfig(), torch_dtype=torch.bfloat16
+    )
+    quantized.save_pretrained(pixart)
+    return {"flux": flux, "pixart": pixart}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(folders):
+    return read_native(folders["flux"])
+
+
+@pytest.fixture
+def make(core, checkpoint):
+    """A fresh MODEL of the FLUX.1 checkpoint."""
+
+    def make(bits="16", lora="side branch", backend="auto"):
+        return core.model.make_model(checkpoint, core.model.make_settings(checkpoint, bits, backend, lora))
+
+    yield make
+    core.comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def dense(core, make):
+    """The dense MODEL in float32 with the weights that the 4-bit ones stand for."""
+    return dequantized(core, make())

@@ -42,6 +42,19 @@ def condition(tokens: int = 12) -> dict[str, torch.Tensor]:
     }
 
 
+def dequantized(core: SimpleNamespace, patcher: Any) -> Any:
+    """The dense MODEL in float32 with the weights that the packed ones of `patcher` stand for."""
+    source = patcher.model.diffusion_model
+    state = {}
+    for name, tensor in source.state_dict().items():
+        weight = source.get_submodule(name.rpartition(".")[0]).weight if name.endswith(".weight") else None
+        if hasattr(weight, "_params"):
+            state[name] = core.layout.DiRotQLayout.dequantize32(weight._qdata, weight._params)
+        elif ".input_site." not in name and not name.endswith(("weight_scale", "block_scale", "low_rank")):
+            state[name] = tensor.float()
+    return core.comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+
+
 def run(core: SimpleNamespace, patcher: Any) -> torch.Tensor:
     """The transformer's output [1, 16, 8, 8] on fixed inputs, loaded as a sampler would load it."""
     core.comfy.model_management.load_models_gpu([patcher])

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,18 @@ class Client:
         """Queue an API-format prompt; its id. GraphError if validation fails."""
         return self.post("/prompt", {"prompt": prompt, "client_id": client_id or uuid.uuid4().hex})["prompt_id"]
 
-    def progress(self, prompt: Mapping[str, Any], timeout: float = 120) -> list[tuple[str, int, int]]:
-        """Run a prompt; (node, value, maximum) of every progress message that a browser would have got meanwhile."""
-        return asyncio.run(asyncio.wait_for(self._progress(prompt), timeout))
+    def progress(
+        self, prompt: Mapping[str, Any], stop: Callable[[str, int, int], bool] | None = None, timeout: float = 120
+    ) -> list[tuple[str, int, int]]:
+        """Run a prompt; (node, value, maximum) of every progress message that a browser would have got meanwhile.
 
-    async def _progress(self, prompt: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+        stop: of such a message, whether to interrupt the prompt now, which then is a GraphError.
+        """
+        return asyncio.run(asyncio.wait_for(self._progress(prompt, stop), timeout))
+
+    async def _progress(
+        self, prompt: Mapping[str, Any], stop: Callable[[str, int, int], bool] | None
+    ) -> list[tuple[str, int, int]]:
         import aiohttp
 
         client_id, seen = uuid.uuid4().hex, []
@@ -82,6 +89,9 @@ class Client:
                 data = body.get("data", {})
                 if body.get("type") == "progress":
                     seen.append((data["node"], data["value"], data["max"]))
+                    if stop is not None and stop(*seen[-1]):
+                        await asyncio.to_thread(self.interrupt)
+                        stop = None
                 if body.get("type") == "executing" and data["node"] is None and data["prompt_id"] == number:
                     break
         await asyncio.to_thread(self.wait, number)

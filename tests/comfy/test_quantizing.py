@@ -89,6 +89,15 @@ def test_interrupt_leaves_nothing(client, folder):
     assert names(folder) == before
 
 
+def test_interrupt_while_layers_are_solved(client, folder):
+    """After both drawings of two steps each; the queue goes on."""
+    before = names(folder)
+    with pytest.raises(GraphError, match="interrupted"):
+        client.progress(quantize("solving/model", seed=3), lambda name, value, of: name == "model" and 4 < value < of)
+    latent = graphs.saved_latent(client, client.run(graphs.sampled(graphs.dense_flux(), seed=10)))
+    assert torch.isfinite(latent).all() and names(folder) == before
+
+
 def test_progress_ends_full(client, folder):
     seen = [(value, of) for name, value, of in client.progress(quantize("whole", samples=1)) if name == "model"]
     assert len(seen) > 2 and seen[-1][0] == seen[-1][1]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from . import graphs, models
+from . import graphs, loras, models
 from .graphs import node
 from .training import scene_of, scenes
 
@@ -60,6 +61,27 @@ def test_a_lora_of_strength_zero_is_none(client):
         for s in (1.0, 0.0)
     )
     assert torch.equal(same, plain) and decibels(changed, plain) < 40
+
+
+FILES = {
+    "kohya": loras.kohya(loras.FLUX_LAYERS, models.FLUX_WIDTH),
+    "fused": loras.peft(loras.FLUX_LAYERS, models.FLUX_WIDTH, "diffusion_model."),
+    "lokr": loras.lokr(loras.FLUX_LAYERS, models.FLUX_WIDTH, "lora_unet_", 2, 2.5),
+}
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_a_file_does_the_same_in_both_lora_nodes(client, form):
+    """ComfyUI's LoraLoaderModelOnly and DiRotQ LoRA, with 16-bit activations; and it is gone without them."""
+    name = f"both-{form}.safetensors"
+    save_file(FILES[form], client.base / "models" / "loras" / name)
+    more = {"base": graphs.four_bit(models.FLUX_4BIT, activation_bits="16")}
+    plain = latent(client, more["base"])
+    ours = latent(client, node("DiRotQLoRA", model=["base", 0], lora_name=name, strength=0.8), **more)
+    theirs = latent(client, node("LoraLoaderModelOnly", model=["base", 0], lora_name=name, strength_model=0.8), **more)
+    assert (ours - plain).norm() > 0.2 * plain.norm()
+    assert (ours - theirs).norm() < 0.02 * (ours - plain).norm()
+    assert torch.equal(latent(client, more["base"]), plain)
 
 
 @pytest.mark.parametrize("prompt", list(scenes())[::3])

@@ -92,6 +92,16 @@ def test_the_registry_finds_its_table():
     assert table["PublisherId"] and table["DisplayName"] and table["requires-comfyui"] == ">=0.33.0"
     # ComfyUI would serve the help pages a second time, under the project's name.
     assert "web" not in table
+    # Optional, but what is there must be an address, as must the repository's.
+    given = [table.get("Icon"), pyproject()["project"]["urls"].get("Repository")]
+    assert all(url.startswith("https://") for url in given if url is not None)
+
+
+def test_the_registry_takes_name_and_version():
+    """At most 99 characters, a letter first, no two separators in a row, and three numbers."""
+    project = pyproject()["project"]
+    assert re.fullmatch(r"[a-z][a-z0-9]*([-_.][a-z0-9]+)*", project["name"]) and len(project["name"]) < 100
+    assert "comfyui" not in project["name"] and re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
 
 
 def test_no_rule_of_the_registry_is_broken():

@@ -1,0 +1,85 @@
+"""Quantizing a MODEL of this process: what is kept, what is refused."""
+
+import errno
+
+import pytest
+import torch
+
+from dirotq.dirotq_core.single_file import to_native
+
+from . import models
+from .core import condition, relative, run
+from .loras import with_core_loras
+
+
+def dense_flux(core):
+    state = to_native(models.flux().state_dict(), {"_class_name": "FluxTransformer2DModel", **models.flux().config})
+    return core.comfy.sd.load_diffusion_model_state_dict(dict(state))
+
+
+def test_apply_keeps_options_and_leaves_the_source(core, make):
+    source = dense_flux(core)
+    source.model_options["transformer_options"]["mark"] = 1
+    before = run(core, source)
+    made = core.quantizing.quantize_instantly(with_core_loras(core, source, 1.0), 8)
+    assert made.model_options["transformer_options"]["mark"] == 1 and not made.patches
+    assert made.model_size() < 0.5 * source.model_size()
+    expected = run(core, with_core_loras(core, source, 1.0))
+    assert relative(run(core, made), expected) < 0.1 < relative(before, expected)  # the LoRA went in
+    assert torch.equal(run(core, source), before)
+    with pytest.raises(ValueError, match="quantized already"):
+        core.quantizing.quantize_instantly(made, 8)
+
+
+def sampling(core, source, size):
+    from dirotq.nodes.calibrate import Sampling
+
+    given = condition()
+    positive = [[given["context"], {"pooled_output": given["y"], "guidance": 3.5}]]
+    return Sampling(source, [positive], None, 1, 1, 1.0, size, size, 0)
+
+
+def interrupt(core):
+    """What ComfyUI's button does."""
+    core.comfy.model_management.interrupt_current_processing(True)
+
+
+def fill_the_disk(core):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("happens", [interrupt, fill_the_disk])
+def test_nothing_is_left_if_writing_ends_early(core, tmp_path, monkeypatch, happens):
+    source = dense_flux(core)
+    config = core.quantizing.calibrated_config("dirotq", 64, 4, 0)
+    path, write, seen = tmp_path / "m.safetensors", core.quantizing.write_native, []
+
+    def disturbed(*args, before_each):
+        def each():
+            seen.extend(p.name for p in tmp_path.iterdir())
+            if len(seen) == 3:
+                happens(core)
+            before_each()
+
+        write(*args, before_each=each)
+
+    interrupted = core.comfy.model_management.InterruptProcessingException
+    with monkeypatch.context() as patch, pytest.raises(interrupted if happens is interrupt else OSError):
+        patch.setattr(core.quantizing, "write_native", disturbed)
+        core.quantizing.quantize_calibrated(sampling(core, source, 64), config, path)
+    assert len(seen) == 3 and set(seen) == {seen[0]} and seen[0].endswith(".partial") and not list(tmp_path.iterdir())
+    # And the next one finds everything as it was.
+    model, report = core.quantizing.quantize_calibrated(sampling(core, source, 64), config, path)
+    assert report.startswith(f"saved {path} ") and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    assert torch.isfinite(run(core, model)).all()
+
+
+def test_pixart_is_calibrated_at_sizes_it_can_draw(core, tmp_path):
+    state = to_native(
+        models.pixart().state_dict(), {"_class_name": "PixArtTransformer2DModel", **models.pixart().config}
+    )
+    source = core.comfy.sd.load_diffusion_model_state_dict(dict(state))
+    config = core.quantizing.calibrated_config("dirotq", 64, 4, 0)
+    with pytest.raises(ValueError, match="divides by zero at 256 x 256 pixels"):
+        core.quantizing.quantize_calibrated(sampling(core, source, 256), config, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
