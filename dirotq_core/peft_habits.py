@@ -25,7 +25,7 @@ def teach_peft(model: nn.Module) -> None:
     _teach_checks()
     _teach_lora()
     _teach_dora()
-    _teach_lycoris()
+    _teach_others()
 
 
 def _mark_dense(model: nn.Module) -> None:
@@ -91,7 +91,7 @@ def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _check_adapters(layer: Any, base: DiRotQLinear, names: list[str]) -> None:
     """Raise what merging `names` of a layer over `base` would, and change nothing."""
     for name in names:
-        if not hasattr(layer, "lora_A"):  # LoKr, LoHa, …
+        if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # LoKr, LoHa, AdaLoRA, …
             raise _not_absorbed(name, type(layer).__module__.split(".")[-2])
         if name not in layer.lora_A:
             continue
@@ -206,16 +206,22 @@ def _teach_dora() -> None:
     dora.dequantize_module_weight = dense  # type: ignore[assignment]
 
 
-def _teach_lycoris() -> None:
-    """LoKr and LoHa work beside a packed weight, which cannot absorb their full-rank differences."""
+def _teach_others() -> None:
+    """LoKr, LoHa and AdaLoRA work beside a packed weight and are not absorbed: the first two have full rank."""
+    from peft.tuners.adalora.layer import SVDLinear
     from peft.tuners.loha.layer import LoHaLayer
     from peft.tuners.lokr.layer import LoKrLayer
     from peft.tuners.lycoris_utils import LycorisLayer
 
-    merge = LycorisLayer.merge
-    if hasattr(merge, "knows_dirotq"):
+    if hasattr(LycorisLayer.merge, "knows_dirotq"):
         return
+    for layer in (LycorisLayer, SVDLinear):
+        layer.merge = _refusing(layer.merge)
+    for cls, name in ((LoHaLayer, "update_layer"), (LoHaLayer, "get_delta_weight"), (LoKrLayer, "get_delta_weight")):
+        setattr(cls, name, _seeing_shape(getattr(cls, name)))
 
+
+def _refusing(merge: Any) -> Any:
     @functools.wraps(merge)
     def merging(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if isinstance(self.get_base_layer(), DiRotQLinear):
@@ -223,9 +229,7 @@ def _teach_lycoris() -> None:
         merge(self, safe_merge, adapter_names)
 
     merging.knows_dirotq = True  # type: ignore[attr-defined]
-    LycorisLayer.merge = merging  # type: ignore[method-assign]
-    for cls, name in ((LoHaLayer, "update_layer"), (LoHaLayer, "get_delta_weight"), (LoKrLayer, "get_delta_weight")):
-        setattr(cls, name, _seeing_shape(getattr(cls, name)))
+    return merging
 
 
 def _seeing_shape(method: Any) -> Any:

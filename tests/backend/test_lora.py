@@ -224,6 +224,7 @@ def others():
     common = {"r": 4, "target_modules": ["to_q", "proj_mlp"]}
     yield "dora", lambda: peft.LoraConfig(**common, use_dora=True, init_lora_weights=False)
     yield "lokr", lambda: peft.LoKrConfig(**common, alpha=8, init_weights=False)
+    yield "adalora", lambda: peft.AdaLoraConfig(**common, total_step=10, init_lora_weights=False)
     yield "loha", lambda: peft.LoHaConfig(**common, alpha=400, init_weights=False)
 
 
