@@ -16,11 +16,11 @@ from filelock import FileLock, Timeout
 from ..engine.dist import World
 from ..engine.journal import LOCK, ResumeError, write_atomically
 from . import frechet
-from .draw import draw_subject
+from .draw import draw_subject, free_memory
 from .images import ImageSet, check_sizes, find_images, real_images
-from .judge.protocol import ORDERS, QUESTIONS
+from .judge.protocol import ORDERS, QUESTIONS, JudgeError
 from .judge.protocol import VERSION as PROTOCOL
-from .judge.run import Docket, Task, tasks
+from .judge.run import Docket, Task, tasks, try_judge
 from .judge.tally import Pair
 from .metrics import METRICS, check_installed, load_scorer
 from .options import EvaluationOptions
@@ -58,6 +58,8 @@ def evaluate(
     Raises:
         ValueError: something cannot be compared; named before anything is drawn, where that is possible.
         ImportError: a metric needs a package that is not installed.
+        JudgeError: the judge does not answer on trial, before anything is drawn; or it failed later, and the report is
+            written without it.
     """
     if not models:
         raise ValueError("no model to evaluate was given")
@@ -83,9 +85,7 @@ def _evaluate(
     models: Sequence[str], reference: str, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions,
     judge: MakeJudge | None, parallel: int, world: World,
 ) -> dict[str, Any] | None:  # fmt: skip
-    subjects = world.share(
-        world.by_first(lambda: _prepare(models, reference, prompts, out, options, judge is not None))
-    )
+    subjects = world.share(world.by_first(lambda: _prepare(models, reference, prompts, out, options, judge, world)))
     assert subjects is not None
     sets = [_pictures(s, subjects[0], prompts, out, options, world) for s in subjects]
     world.by_first(lambda: check_sizes(sets[1:], sets[0]))
@@ -97,20 +97,27 @@ def _evaluate(
     fid = distances(sets, sets[0], out / "scores", options, world) if "fid" in options.metrics else {}
     verdicts: dict[str, dict[str, list[Pair]]] = {}
     identity: dict[str, Any] | None = None
+    problem: JudgeError | None = None
     if judge is not None:
         asked = judge(world.device(options.device))
-        identity = {"protocol": PROTOCOL, **asked.identity}
-        verdicts = {s.name: _judge(asked, s, sets[0], prompts, out, parallel, options, world) for s in sets[1:]}
+        try:
+            verdicts = {s.name: _judge(asked, s, sets[0], prompts, out, parallel, options, world) for s in sets[1:]}
+            identity = {"protocol": PROTOCOL, **asked.identity}
+        except JudgeError as error:  # hours of drawing and scoring are worth a report without it
+            problem = error
     if not world.first:
         return None
     result = {
         "version": VERSION,
         **_about(prompts, options),
         "judge": identity,
+        "judge_failed": None if problem is None else str(problem),
         **summarize(subjects, scores, fid, verdicts, options.resamples),
     }
     result["notes"] = notes(result)
     _write(result, sets, prompts, scores, out, options)
+    if problem is not None:
+        raise JudgeError(f"{problem}; the report in {out} is without the judge") from problem
     return result
 
 
@@ -120,7 +127,8 @@ def _prepare(
     prompts: Sequence[Prompt],
     out: Path,
     options: EvaluationOptions,
-    judged: bool,
+    judge: MakeJudge | None,
+    world: World,
 ) -> list[Subject]:
     """The reference, the control and the models; whatever can be found wrong without drawing is."""
     check_installed(options.metrics)
@@ -132,9 +140,9 @@ def _prepare(
     opened = [open_subject(*parse_subject(m), out / "converted") for m in models]
     check_architectures(first, opened)
     subjects = [first]
-    if (options.control or judged) and first.kind == "images":
+    if (options.control or judge) and first.kind == "images":
         logger.warning("there will be no control: the reference %s is a folder of images", first.path)
-    elif options.control or judged:
+    elif options.control or judge:
         subjects.append(replace(first, name=CONTROL, control=True))
     subjects += with_activation_bits(opened, options.activation_bits)
     check_names(subjects)
@@ -144,7 +152,21 @@ def _prepare(
     for name in options.metrics:  # weights that cannot be had are missed before hours of drawing
         if METRICS[name].modules:
             load_scorer(name, "cpu") if METRICS[name].load else frechet.load_extractor("cpu")
+    if judge is not None:
+        _try(judge(world.device(options.device)), subjects, prompts, out)
+        free_memory()
     return subjects
+
+
+def _try(judge: Any, subjects: Sequence[Subject], prompts: Sequence[Prompt], out: Path) -> None:
+    """JudgeError if the judge does not answer. Not asked if all is judged: then it need not be there any more."""
+    ids = [p.id for p in prompts]
+    try:
+        sets = [find_images(s.name, s.path if s.kind == "images" else out / "images" / s.name, ids) for s in subjects]
+    except ValueError:  # there are pictures to draw, and so to judge
+        return try_judge(judge)
+    if any(Docket(out / "judge", s, sets[0], judge.identity).missing(tasks(prompts)) for s in sets[1:]):
+        try_judge(judge)
 
 
 def _pictures(
@@ -163,9 +185,11 @@ def _judge(
     Docket(out / "judge", images, reference, judge.identity, world.rank).run(
         judge, everything, world, parallel, options.progress
     )
+    # With what the others have written.
+    docket = Docket(out / "judge", images, reference, judge.identity)
+    world.by_first(lambda: docket.check(everything))
     if not world.first:
         return {}
-    docket = Docket(out / "judge", images, reference, judge.identity)  # with what the others have written
 
     def pair(question: str, prompt: Prompt) -> Pair:
         first, second = (docket.verdict(Task(prompt, question, order)) for order in ORDERS)

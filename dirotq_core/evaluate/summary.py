@@ -87,6 +87,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
                 found.append(
                     f"{entry['unread']} of {total} replies about {question} of {row['name']!r} were unreadable."
                 )
+    if result.get("judge_failed"):
+        found.append(f"There are no verdicts, as the judge failed: {result['judge_failed']}")
     if result.get("judge") and not any(r["control"] for r in result["rows"]):
         found.append("The judge was not checked against a control: the reference is a folder of images.")
     return found

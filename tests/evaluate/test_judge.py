@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from dirotq.dirotq_core.engine.dist import World
 from dirotq.dirotq_core.evaluate import Prompt
 from dirotq.dirotq_core.evaluate.images import find_images
-from dirotq.dirotq_core.evaluate.judge.endpoint import Endpoint, JudgeError
-from dirotq.dirotq_core.evaluate.judge.protocol import ORDERS, QUESTIONS, Message, judge_pair, read_reply
+from dirotq.dirotq_core.evaluate.judge.endpoint import Endpoint
+from dirotq.dirotq_core.evaluate.judge.protocol import (
+    ORDERS,
+    QUESTIONS,
+    REMINDER_OF_SILENCE,
+    JudgeError,
+    Message,
+    QuestionRefused,
+    Verdict,
+    judge_pair,
+    read_reply,
+)
 from dirotq.dirotq_core.evaluate.judge.run import Docket, Task, tasks
 from dirotq.dirotq_core.evaluate.judge.tally import against_control, tally
 
@@ -34,6 +44,13 @@ from .endpoint import Answer, Server, said
         ("<THINK>\nlong\n</THINK>\nfirst", "first"),
         ('{"answer": "second"}', "second"),
         ("It's a tie", "tie"),
+        ("Final answer: the SECOND image.", "second"),
+        ("<answer>FIRST</answer>", "first"),
+        ("The answer is \\boxed{TIE}.", "tie"),
+        ("I see no difference, so the answer is a tie.", "tie"),
+        ("Answer: FIRST\nThe first image is sharper.", "first"),
+        ("Is it SECOND? Yes, it is clearer.</think>\n\nFIRST", "first"),
+        ("<think>a</think>Answer: SECOND</think>Answer: TIE", "tie"),
         ("", None),
         ("I cannot see images.", None),
         ("FIRST or SECOND", None),
@@ -41,6 +58,16 @@ from .endpoint import Answer, Server, said
         ("<think>FIRST", None),
         ("necktie", None),
         ("1", None),
+        ("Answer: FIRST or SECOND", None),
+        ("Answer: FIRST/SECOND/TIE", None),
+        ("Answer: First, let me look at the images. The second one is sharper.", None),
+        ("Answer: FIRST. But the second is sharper.", None),
+        ("I would answer second-guessing myself: FIRST", None),
+        ("Not first.", None),
+        ("not a tie", None),
+        ("I do not think the answer is FIRST.", None),
+        ("The answer isn't FIRST.", None),
+        ("FIRST?", None),
     ],
 )
 def test_replies(reply, choice):
@@ -69,6 +96,21 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again():
     assert "\n\na {prompt} cat\n\n" in text
     assert [p is A for p in seen[0][0].parts[1:4:2]] == [True, False]
     assert judge_pair(lambda m: "no", "quality", A, B, "x").choice is None
+
+
+def test_a_refusal_is_no_verdict():
+    """At once, and after a reply that was not read: its text is kept."""
+    replies = iter(["hm", QuestionRefused("status 400, too long")])
+
+    def ask(messages):
+        reply = next(replies)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    assert judge_pair(ask, "quality", A, B, "x") == Verdict(None, "status 400, too long", 1)
+    replies = iter([QuestionRefused("filtered")])
+    assert judge_pair(ask, "quality", A, B, "x") == Verdict(None, "filtered", 0, refused=True)
 
 
 def messages():
@@ -122,12 +164,13 @@ def test_trouble_that_stays():
         Endpoint(url, "x", tries=2, pause=0.01)(messages())
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 302])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 302])
 def test_a_refusal_is_not_repeated(status):
     with Server(lambda q: Answer(b'{"error": "no such\\n model"}', status, {"Location": "/elsewhere"})) as server:
-        with pytest.raises(JudgeError, match=f"refused: status {status}, .*no such"):
+        with pytest.raises(JudgeError, match=f"refused: status {status}, .*no such") as error:
             quick(server)(messages())
         assert len(server.questions) == 1
+    assert isinstance(error.value, QuestionRefused) is (status in (400, 413, 422))
 
 
 def test_an_answer_that_takes_too_long():
@@ -136,10 +179,12 @@ def test_an_answer_that_takes_too_long():
 
 
 def test_a_silent_model_is_reminded():
-    answers = [said(None), said(""), said("TIE")]
-    with Server(lambda q: answers[(q.turns - 1) // 2]) as server:
+    """In the question itself: some servers refuse a conversation with an empty turn."""
+    answers = [said(None), said(" "), said("TIE")]
+    with Server(lambda q: answers[len(server.questions) - 1]) as server:
         assert judge_pair(quick(server), "quality", A, B, "x").choice == "tie"
-    assert [q.turns for q in server.questions] == [1, 3, 5]
+    assert [q.turns for q in server.questions] == [1, 1, 1]
+    assert [q.texts.count(REMINDER_OF_SILENCE) for q in server.questions] == [0, 1, 2]
 
 
 def test_waiting_grows_and_has_an_end():
@@ -271,7 +316,7 @@ def test_verdicts_belong_to_a_judge_and_to_pictures(pictures, tmp_path):
 def test_processes_share_the_questions(pictures, tmp_path, monkeypatch, ranks, size):
     """What each of three processes would do, one after the other."""
     (model, reference), prompts = pictures
-    monkeypatch.setattr(World, "wait", lambda self: None)
+    monkeypatch.setattr(World, "gather", lambda self, mine, shares: mine)
     monkeypatch.setattr(World, "share", lambda self, value: tasks(prompts))
     counts = []
     for rank in ranks:
@@ -303,6 +348,103 @@ def test_counts_by_hand():
     assert tally([(None, "tie")], 10).preference is None and against_control([(None, None)], control[:1], 10) is None
 
 
+def test_judges_in_turn_are_not_asked_again(pictures, tmp_path):
+    (model, reference), prompts = pictures
+    counts = []
+    for name in "ABA":
+        asked = []
+        docket = Docket(tmp_path / "judge", model, reference, {"model": name})
+        docket.run(lambda m, asked=asked: asked.append(1) or "TIE", tasks(prompts), World(), 1, progress=False)
+        counts.append(len(asked))
+    assert counts == [24, 24, 0]
+
+
+def refusing(wanted):
+    """A judge who refuses the prompts that `wanted` names, with the status of a content filter."""
+
+    def answer(question):
+        refused = int(question.images[0][0, 0, 1]) in wanted
+        return Answer(b'{"error": {"code": "content_filter"}}', 400) if refused else said("FIRST")
+
+    return answer
+
+
+def test_a_question_that_is_refused_ends_nothing(pictures, tmp_path):
+    (model, reference), prompts = pictures
+    everything = tasks(prompts)
+    with Server(refusing({0, 3})) as server:
+        docket = Docket(tmp_path / "judge", model, reference, quick(server).identity)
+        docket.run(quick(server), everything, World(), 2, progress=False)
+        docket.check(everything)
+        assert docket.missing(everything) == [] and len(server.questions) == 24
+    assert judged(docket, prompts)["quality"] == [(None, None), *[("first", "first")] * 2, (None, None),
+                                                  *[("first", "first")] * 2]  # fmt: skip
+    (file,) = (tmp_path / "judge" / "model").iterdir()
+    replies = [value["reply"] for _, _, value in map(json.loads, file.read_text().splitlines())]
+    assert sum("content_filter" in reply for reply in replies) == 8
+
+
+def test_a_judge_that_refuses_everything_has_failed(pictures, tmp_path, monkeypatch):
+    """At the end, or sooner where there are many questions; what it refused is asked again."""
+    (model, reference), prompts = pictures
+    everything = tasks(prompts)
+    with Server(refusing(range(6))) as server:
+        docket = Docket(tmp_path / "judge", model, reference, {"model": "a"})
+        docket.run(quick(server), everything, World(), 1, progress=False)
+        with pytest.raises(JudgeError, match=r"refused all 24 questions about 'model'; .*content_filter"):
+            docket.check(everything)
+        assert len(docket.missing(everything)) == 24
+        monkeypatch.setattr("dirotq.dirotq_core.evaluate.judge.run.HOPELESS", 5)
+        with pytest.raises(JudgeError, match="refused the first 5 questions"):
+            docket.run(quick(server), everything, World(), 1, progress=False)
+    with Server(refusing({0})) as server:
+        Docket(tmp_path / "judge", model, reference, {"model": "a"}).run(
+            quick(server), everything, World(), 1, progress=False
+        )
+    Docket(tmp_path / "judge", model, reference, {"model": "a"}).check(everything)
+
+
+@pytest.fixture
+def compare(tmp_path, folder_of_images):
+    """A function that runs the command on two folders of images and three prompts with the judge of a server."""
+    from dirotq.dirotq_core.cli import main
+
+    ids = [f"{i:05d}" for i in range(3)]
+    folders = [folder_of_images(tmp_path / name, ids, seed) for seed, name in enumerate(("reference", "model"))]
+    (tmp_path / "p.txt").write_text("scene 0\nscene 1\nscene 2\n")
+
+    def run(server, *more):
+        command = ["evaluate", str(folders[1]), "--reference", str(folders[0]), "--out", str(tmp_path / "out")]
+        command += ["--prompts", str(tmp_path / "p.txt"), "--resamples", "50", "--device", "cpu"]
+        return main([*command, "--judge", "judge-7b", "--judge-url", server.url, *more])
+
+    return run
+
+
+def test_a_judge_is_tried_before_anything_is_drawn(compare, tmp_path, capsys):
+    with Server(lambda q: Answer(b'{"error": "no images, please"}', 400)) as server:
+        assert compare(server) == 1 and len(server.questions) == 1
+        assert server.questions[0].images[0].shape == (64, 64, 3)
+    assert "two small pictures on trial" in (err := capsys.readouterr().err) and "no images, please" in err
+    assert not (tmp_path / "out" / "scores").exists()
+
+
+def test_a_judge_that_fails_leaves_a_report_without_it(compare, tmp_path, capsys):
+    """It answers on trial and 5 questions; the report has the metrics. It comes back, and the rest is asked."""
+    with Server(lambda q: said("TIE") if len(server.questions) <= 6 else Answer(b"no", 403)) as server:
+        assert compare(server, "--judge-parallel", "1") == 1
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["judge"] is None and "status 403" in report["judge_failed"]
+        assert report["rows"][1]["metrics"]["psnr"] and report["rows"][1]["judge"] == {}
+        assert any("as the judge failed: " in note for note in report["notes"])
+        assert "is without the judge" in capsys.readouterr().err and (tmp_path / "out" / "index.html").exists()
+        server.answer = lambda q: said("TIE")
+        server.questions.clear()
+        assert compare(server) == 0 and len(server.questions) == 1 + 12 - 5
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"][1]["judge"]["quality"]["judged"] == 3
+    assert compare(server) == 0, "all is judged, and nobody need be there"
+
+
 def test_the_whole_command(pixart, four, tmp_path, capsys):
     """A judge at an endpoint who cannot tell apart: both models tie with the reference, and so does the control."""
     from dirotq.dirotq_core.cli import main
@@ -315,14 +457,14 @@ def test_the_whole_command(pixart, four, tmp_path, capsys):
                    "--prompts", str(prompts), "--resamples", "50", "--device", "cpu", "--judge", "judge-7b",
                    "--judge-url", server.url, *extra]  # fmt: skip
         assert main(command) == 0
-        assert len(server.questions) == 2 * 4 * 4
+        assert len(server.questions) == 1 + 2 * 4 * 4, "one on trial"
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     control, model = report["rows"][1:]
     assert control["control"] and model["name"] == "rtn"
     assert model["judge"]["quality"]["tied"] == 1 and model["judge"]["alignment"]["preference"]["mean"] == 0
     assert model["judge"]["quality"]["against_control"] == {"mean": 0, "low": 0, "high": 0}
-    assert report["judge"]["model"] == "judge-7b" and report["judge"]["protocol"] == 1
+    assert report["judge"]["model"] == "judge-7b" and report["judge"]["protocol"] == 2
     page = (tmp_path / "out" / "index.html").read_text()
     assert "judge-7b was asked" in page and "quality" in out and "100%" in out
     key = "DIROTQ_JUDGE_API_KEY"
