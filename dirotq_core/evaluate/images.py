@@ -59,13 +59,14 @@ def read_image(file: Path) -> np.ndarray:
 
 
 def find_images(name: str, folder: Path, ids: Iterable[str]) -> ImageSet:
-    """The pictures of `ids` in a folder and the folders in it.
+    """The pictures of `ids` in a folder and the folders in it. An id may have its file's suffix, as ``0001.jpg``.
 
     ValueError says how many are missing, and which, or which id has two.
     """
     found: dict[str, list[Path]] = {}
     for file in folder_images(folder):
         found.setdefault(file.stem, []).append(file)
+        found.setdefault(file.name, []).append(file)
     ids = list(ids)
     missing = [i for i in ids if i not in found]
     if missing:

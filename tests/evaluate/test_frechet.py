@@ -8,7 +8,7 @@ from scipy.linalg import sqrtm
 
 from dirotq.dirotq_core.evaluate import evaluate, frechet, metrics
 from dirotq.dirotq_core.evaluate.frechet import Chunk, chunks, extract, frechet_distance, gather, resized
-from dirotq.dirotq_core.evaluate.images import real_images
+from dirotq.dirotq_core.evaluate.images import find_images, real_images
 
 
 def definition(x, y):
@@ -112,6 +112,15 @@ def test_real_images_of_the_prompts(tmp_path, folder_of_images):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no image"):
         real_images(tmp_path / "empty", ["a"])
+
+
+def test_ids_with_a_suffix(tmp_path, folder_of_images):
+    """Ids that are file names: the file itself, or what is drawn for such an id."""
+    folder_of_images(tmp_path, ["a", "b.png"])
+    assert [f.name for f in find_images("", tmp_path, ["a.png", "b.png"]).files.values()] == ["a.png", "b.png.png"]
+    folder_of_images(tmp_path / "more", ["b"])
+    with pytest.raises(ValueError, match=r"has 2 images for 'b\.png'"):
+        find_images("", tmp_path, ["b.png"])
 
 
 def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):
