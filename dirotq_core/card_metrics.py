@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .inspect import bits_text
 
 REPORT = "report.json"
 _LABELS = {
@@ -39,10 +40,11 @@ def evaluation_text(report: str | Path, model: str | Path) -> str:
         count = int(result["prompts"]["count"])
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{file} is no report of an evaluation: {error!r}") from error
-    bits = f", {row['activation_bits']}-bit activations" if row.get("activation_bits") else ""
-    head = (
-        f"Pictures of {count} prompts{bits}, against `{reference['name']}` with the same seeds; mean and 95 % interval:"
-    )
+    value = row.get("activation_bits")
+    bits = f", {bits_text(value)}-bit activations" if isinstance(value, (int, float)) and value else ""
+    # Of pictures that another program has drawn the seeds are not known.
+    seeds = "" if "images" in (row.get("kind"), reference.get("kind")) else " with the same seeds"
+    head = f"Pictures of {count} prompts{bits}, against `{reference['name']}`{seeds}; mean and 95 % interval:"
     return f"{head}\n\n| | |\n|---|---|\n" + "\n".join(lines)
 
 

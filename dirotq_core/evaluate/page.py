@@ -56,8 +56,8 @@ def write_page(
     body = [
         "<h1>Evaluation</h1>",
         f'<p class="small">{escape(" · ".join(about))}</p>',
-        "<p>Every model draws the same prompts with the same seeds. In brackets: 95 % intervals of a bootstrap over "
-        "prompts, the same resampled prompts for all models.</p>",
+        f"<p>{escape(_seeds(result['rows']))} In brackets: 95 % intervals of a bootstrap over prompts, the same "
+        "resampled prompts for all models.</p>",
         _table(result),
         *(f'<p class="small">{escape(note)}</p>' for note in result["notes"]),
         _differences(result),
@@ -70,6 +70,17 @@ def write_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Evaluation</title><style>{STYLE}</style></head>\n<body>\n{inner}\n</body></html>\n"
+    )
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is known of the noise that the pictures began with."""
+    others = [row["name"] for row in rows if row["kind"] == "images"]
+    if not others:
+        return "Every model draws the same prompts with the same seeds."
+    return (
+        "The models drawn here have the same prompts and the same seeds. The pictures of "
+        f"{', '.join(others)} were drawn elsewhere: their seeds are not known."
     )
 
 

@@ -80,7 +80,7 @@ def _judged(rows: list[dict[str, Any]], questions: list[str]) -> str:
     for axes, question in zip(figure.subplots(1, len(questions), squeeze=False)[0], questions, strict=True):
         left = [0.0] * len(shown)
         for key, label, colour in (("won", "model", GREEN), ("tied", "tie", "#ccc"), ("lost", "reference", RED)):
-            widths = [100 * r["judge"][question][key] for r in shown]
+            widths = [100 * (r["judge"][question][key] or 0) for r in shown]  # None where nothing was read
             axes.barh(range(len(shown)), widths, left=left, color=colour, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(range(len(shown)), [_short(r["name"]) for r in shown])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,20 @@ from filelock import FileLock, Timeout
 
 from ..engine.dist import World
 from ..engine.journal import LOCK, ResumeError, write_atomically
-from . import frechet
-from .draw import draw_subject, free_memory
-from .images import ImageSet, check_sizes, find_images, real_images
+from .draw import draw_subject
+from .images import ImageSet, check_sizes, find_images
 from .judge.protocol import ORDERS, QUESTIONS, JudgeError
 from .judge.protocol import VERSION as PROTOCOL
-from .judge.run import Docket, Task, tasks, try_judge
+from .judge.run import Docket, Task, tasks
 from .judge.tally import Pair
-from .metrics import METRICS, check_installed, load_scorer
+from .metrics import METRICS
 from .options import EvaluationOptions
 from .page import write_page
+from .prepare import MakeJudge, check_out, prepare
 from .prompt_sets import Prompt, digest
 from .score import distances, score_images
-from .subjects import Subject, check_architectures, check_names, open_subject, parse_subject, with_activation_bits
+from .subjects import Subject
 from .summary import VERSION, notes, prompts_csv, summarize, table_csv
-
-logger = logging.getLogger(__name__)
-
-#: The control's row.
-CONTROL = "reference, other seeds"
-#: Device → a judge: something to call with messages, which has an `identity`.
-MakeJudge = Callable[[str], Any]
 
 
 def evaluate(
@@ -63,6 +54,7 @@ def evaluate(
     """
     if not models:
         raise ValueError("no model to evaluate was given")
+    check_out(out, [reference, *models], options.real)
     world = World.join()
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK)
@@ -85,7 +77,7 @@ def _evaluate(
     models: Sequence[str], reference: str, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions,
     judge: MakeJudge | None, parallel: int, world: World,
 ) -> dict[str, Any] | None:  # fmt: skip
-    subjects = world.share(world.by_first(lambda: _prepare(models, reference, prompts, out, options, judge, world)))
+    subjects = world.share(world.by_first(lambda: prepare(models, reference, prompts, out, options, judge, world)))
     assert subjects is not None
     sets = [_pictures(s, subjects[0], prompts, out, options, world) for s in subjects]
     world.by_first(lambda: check_sizes(sets[1:], sets[0]))
@@ -119,54 +111,6 @@ def _evaluate(
     if problem is not None:
         raise JudgeError(f"{problem}; the report in {out} is without the judge") from problem
     return result
-
-
-def _prepare(
-    models: Sequence[str],
-    reference: str,
-    prompts: Sequence[Prompt],
-    out: Path,
-    options: EvaluationOptions,
-    judge: MakeJudge | None,
-    world: World,
-) -> list[Subject]:
-    """The reference, the control and the models; whatever can be found wrong without drawing is."""
-    check_installed(options.metrics)
-    if options.real is not None:
-        real_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
-    first = open_subject(*parse_subject(reference), out / "converted")
-    if first.kind == "transformer":
-        raise ValueError(f"{first.path} is a transformer alone; the reference must be a pipeline or a folder of images")
-    opened = [open_subject(*parse_subject(m), out / "converted") for m in models]
-    check_architectures(first, opened)
-    subjects = [first]
-    if (options.control or judge) and first.kind == "images":
-        logger.warning("there will be no control: the reference %s is a folder of images", first.path)
-    elif options.control or judge:
-        subjects.append(replace(first, name=CONTROL, control=True))
-    subjects += with_activation_bits(opened, options.activation_bits)
-    check_names(subjects)
-    for subject in subjects:
-        if subject.kind == "images":  # the others draw what is missing
-            find_images(subject.name, subject.path, (p.id for p in prompts))
-    for name in options.metrics:  # weights that cannot be had are missed before hours of drawing
-        if METRICS[name].modules:
-            load_scorer(name, "cpu") if METRICS[name].load else frechet.load_extractor("cpu")
-    if judge is not None:
-        _try(judge(world.device(options.device)), subjects, prompts, out)
-        free_memory()
-    return subjects
-
-
-def _try(judge: Any, subjects: Sequence[Subject], prompts: Sequence[Prompt], out: Path) -> None:
-    """JudgeError if the judge does not answer. Not asked if all is judged: then it need not be there any more."""
-    ids = [p.id for p in prompts]
-    try:
-        sets = [find_images(s.name, s.path if s.kind == "images" else out / "images" / s.name, ids) for s in subjects]
-    except ValueError:  # there are pictures to draw, and so to judge
-        return try_judge(judge)
-    if any(Docket(out / "judge", s, sets[0], judge.identity).missing(tasks(prompts)) for s in sets[1:]):
-        try_judge(judge)
 
 
 def _pictures(
@@ -222,7 +166,7 @@ def _write(
     texts = {
         "report.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
         "table.csv": table_csv(result),
-        "prompts.csv": prompts_csv(prompts, scores, [r["name"] for r in result["rows"] if r["control"]]),
+        "prompts.csv": prompts_csv(prompts, scores, result["rows"]),
         "index.html": write_page(result, sets, prompts, scores, options.shown),
     }
     for name, text in texts.items():

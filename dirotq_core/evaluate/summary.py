@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..inspect import bits_text
 from .bootstrap import intervals
 from .frechet import ENOUGH
 from .judge.protocol import QUESTIONS
@@ -23,6 +24,8 @@ from .subjects import Size, Subject
 OF_SETS = (("fid", "FID to reference"), ("fid_real", "FID to real images"))
 #: Of report.json.
 VERSION = 1
+#: Prompts below which percentile intervals are too narrow to be trusted.
+TRUSTED = 30
 
 
 def summarize(
@@ -78,19 +81,32 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         )
     if any("psnr" in row["metrics"] for row in result["rows"]):
         found.append("PSNR of identical images counts as 100 dB; SSIM is over uniform windows of 7 × 7.")
-    if count < 30:
-        found.append(f"Bootstrap intervals of {count} prompts are too narrow; 30 or more are needed to trust them.")
+    if count < TRUSTED:
+        found.append(
+            f"Bootstrap intervals of {count} prompts are too narrow; {TRUSTED} or more are needed to trust them."
+        )
     for row in result["rows"]:
         for question, entry in row["judge"].items():
-            if entry["unread"]:
-                total = 2 * count
-                found.append(
-                    f"{entry['unread']} of {total} replies about {question} of {row['name']!r} were unreadable."
-                )
+            found += _judge_notes(f"about {question} of {row['name']!r}", entry, count)
+    reference = result["rows"][0]
+    if reference["kind"] != "images" and reference["bits"] != 16:
+        found.append(f"The reference {reference['name']!r} is itself quantized: nothing is compared with 16 bit.")
     if result.get("judge_failed"):
         found.append(f"There are no verdicts, as the judge failed: {result['judge_failed']}")
     if result.get("judge") and not any(r["control"] for r in result["rows"]):
         found.append("The judge was not checked against a control: the reference is a folder of images.")
+    return found
+
+
+def _judge_notes(what: str, entry: Mapping[str, Any], count: int) -> list[str]:
+    found = []
+    if entry["unread"]:
+        found.append(
+            f"{entry['unread']} of {2 * count} questions {what} have no verdict: no reply could be read, or the "
+            "question was refused."
+        )
+    if 0 < entry["judged"] < TRUSTED <= count:
+        found.append(f"The judge's intervals {what} are of {entry['judged']} prompts and too narrow.")
     return found
 
 
@@ -101,8 +117,10 @@ def table_csv(result: Mapping[str, Any]) -> str:
     questions = [q for q in QUESTIONS if any(q in row["judge"] for row in result["rows"])]
     head = ["model", "bytes", "bits", "linear_bits", "activation_bits"]
     head += [f"{m}{end}" for m in metrics for end in ("", "_low", "_high")] + sets
-    parts = ("preference", "preference_low", "preference_high", "won", "tied", "lost", "agreement", "unread")
-    head += [f"judge_{q}_{part}" for q in questions for part in parts]
+    parts = ("won", "tied", "lost", "agreement", "first", "judged", "unread")
+    intervals_of = ("preference", "against_control")
+    ends = [f"{name}{end}" for name in intervals_of for end in ("", "_low", "_high")]
+    head += [f"judge_{q}_{part}" for q in questions for part in (*ends, *parts)]
     lines: list[list[Any]] = [head]
     for row in result["rows"]:
         line = [row["name"], row["bytes"], row["bits"], row["linear_bits"], row["activation_bits"]]
@@ -111,7 +129,11 @@ def table_csv(result: Mapping[str, Any]) -> str:
         line += [row.get(key) for key in sets]
         for question in questions:
             entry = row["judge"].get(question)
-            line += [*_ends(entry["preference"]), *(entry[p] for p in parts[3:])] if entry else [None] * len(parts)
+            if entry is None:
+                line += [None] * len((*ends, *parts))
+                continue
+            line += [value for name in intervals_of for value in _ends(entry.get(name))]
+            line += [entry[part] for part in parts]
         lines.append(line)
     return _csv(lines)
 
@@ -121,15 +143,18 @@ def _ends(interval: Mapping[str, float] | None) -> list[float | None]:
 
 
 def prompts_csv(
-    prompts: Sequence[Prompt], scores: Mapping[str, Mapping[str, np.ndarray]], controls: Sequence[str]
+    prompts: Sequence[Prompt], scores: Mapping[str, Mapping[str, np.ndarray]], rows: Sequence[Mapping[str, Any]]
 ) -> str:
-    """One line per prompt and model, with the metrics of its picture. controls: names drawn with other seeds."""
+    """One line per prompt and model, with the metrics of its picture; without a seed if others have drawn it."""
+    kinds = {row["name"]: (row["kind"], row["control"]) for row in rows}
     names = list(dict.fromkeys(name for by_subject in scores.values() for name in by_subject))
     lines: list[list[Any]] = [["id", "seed", "model", *scores, "prompt"]]
     for i, prompt in enumerate(prompts):
         for name in names:
             values = [float(by[name][i]) if name in by else None for by in scores.values()]
-            lines.append([prompt.id, prompt.seed(name in controls), name, *values, prompt.text])
+            kind, control = kinds[name]
+            seed = None if kind == "images" else prompt.seed(control)
+            lines.append([prompt.id, seed, name, *values, prompt.text])
     return _csv(lines)
 
 
@@ -159,7 +184,7 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     if key == "size":
         return "" if row["bytes"] is None else f"{row['bytes'] / 1e6:,.1f}"
     if key == "activation_bits":
-        return "" if row[key] is None else str(row[key])
+        return bits_text(row[key])
     if key in ("bits", "linear_bits"):
         return "" if row[key] is None else f"{row[key]:.2f}"
     if key in METRICS and key in row["metrics"]:
@@ -179,12 +204,10 @@ def judge_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             entry = row["judge"].get(question)
             if entry is None:
                 continue
-            shares = [f"{entry[k]:.0%}" if entry["judged"] else "" for k in ("won", "tied", "lost", "agreement")]
-            first = "" if entry["first"] is None else f"{entry['first']:.0%}"
+            keys = ("won", "tied", "lost", "agreement", "first")
+            shares = ["" if entry[key] is None else f"{entry[key]:.0%}" for key in keys]
             net = _signed(entry.get("against_control"))
-            lines.append(
-                (question, row["name"], _signed(entry["preference"]), *shares, first, net, str(entry["judged"]))
-            )
+            lines.append((question, row["name"], _signed(entry["preference"]), *shares, net, str(entry["judged"])))
     return lines
 
 
