@@ -35,8 +35,11 @@ def evaluation_text(report: str | Path, model: str | Path) -> str:
         rows = list(result["rows"])
         reference = next(row for row in rows if row["reference"])
         row = _row_of(rows, Path(model))
-        lines = [f"| {_LABELS.get(k, k)} | {_interval(v)} |" for k, v in row["metrics"].items()]
-        lines += [f"| {_LABELS[k]} | {float(row[k]):.2f} |" for k in ("fid", "fid_real") if k in row]
+        nothing = set(result.get("meaningless") or ())  # of networks with random weights
+        metrics = {k: v for k, v in row["metrics"].items() if k not in nothing}
+        lines = [f"| {_LABELS.get(k, k)} | {_interval(v)} |" for k, v in metrics.items()]
+        if "fid" not in nothing:
+            lines += [f"| {_LABELS[k]} | {float(row[k]):.2f} |" for k in ("fid", "fid_real") if k in row]
         count = int(result["prompts"]["count"])
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{file} is no report of an evaluation: {error!r}") from error

@@ -20,7 +20,7 @@ from .judge.protocol import VERSION as PROTOCOL
 from .judge.run import Docket, Task, tasks
 from .judge.tally import Pair
 from .metrics import METRICS
-from .options import EvaluationOptions
+from .options import EvaluationOptions, meaningless
 from .page import write_page
 from .prepare import MakeJudge, check_out, prepare
 from .prompt_sets import Prompt, digest
@@ -102,6 +102,7 @@ def _evaluate(
     result = {
         "version": VERSION,
         **_about(prompts, options),
+        "meaningless": meaningless(options, judged=bool(verdicts)),
         "judge": identity,
         "judge_failed": None if problem is None else str(problem),
         **summarize(subjects, scores, fid, verdicts, options.resamples),

@@ -24,6 +24,10 @@ from .subjects import Size, Subject
 OF_SETS = (("fid", "FID to reference"), ("fid_real", "FID to real images"))
 #: Of report.json.
 VERSION = 1
+#: In "meaningless", beside metrics.
+JUDGE = "judge"
+#: Behind the name of what means nothing.
+MARK = "(means nothing)"
 #: Prompts below which percentile intervals are too narrow to be trusted.
 TRUSTED = 30
 
@@ -73,6 +77,11 @@ def summarize(
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader must know of the numbers, one sentence each."""
     found = []
+    if result.get("meaningless"):
+        labels = ["the judge" if name == JUDGE else METRICS[name].label for name in result["meaningless"]]
+        found.append(
+            f"The numbers of {', '.join(labels)} mean nothing: networks of random weights or other stand-ins made them."
+        )
     count = result["prompts"]["count"]
     if any(key in row for row in result["rows"] for key, _ in OF_SETS) and count < ENOUGH:
         found.append(
@@ -121,6 +130,9 @@ def table_csv(result: Mapping[str, Any]) -> str:
     intervals_of = ("preference", "against_control")
     ends = [f"{name}{end}" for name in intervals_of for end in ("", "_low", "_high")]
     head += [f"judge_{q}_{part}" for q in questions for part in (*ends, *parts)]
+    meaningless = result.get("meaningless") or []
+    if meaningless:
+        head.append("meaningless")
     lines: list[list[Any]] = [head]
     for row in result["rows"]:
         line = [row["name"], row["bytes"], row["bits"], row["linear_bits"], row["activation_bits"]]
@@ -134,6 +146,8 @@ def table_csv(result: Mapping[str, Any]) -> str:
                 continue
             line += [value for name in intervals_of for value in _ends(entry.get(name))]
             line += [entry[part] for part in parts]
+        if meaningless:
+            line.append(" ".join(meaningless))
         lines.append(line)
     return _csv(lines)
 
@@ -176,7 +190,14 @@ def columns_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if any(name in row["metrics"] for row in rows):
             arrow = "↑" if metric.better == "higher" else "↓"
             found.append((name, f"{metric.label}{f' {metric.unit}' if metric.unit else ''} {arrow}"))
-    return found + [(key, f"{label} ↓") for key, label in OF_SETS if any(key in row for row in rows)]
+    found += [(key, f"{label} ↓") for key, label in OF_SETS if any(key in row for row in rows)]
+    return [(key, marked(result, key, heading)) for key, heading in found]
+
+
+def marked(result: Mapping[str, Any], key: str, heading: str) -> str:
+    """`heading`, with `MARK` if a stand-in made the numbers of this metric, column of a metric, or of the judge."""
+    name = "fid" if key in dict(OF_SETS) else key
+    return f"{heading} {MARK}" if name in (result.get("meaningless") or []) else heading
 
 
 def cell(row: Mapping[str, Any], key: str) -> str:
@@ -223,7 +244,7 @@ def table_text(result: Mapping[str, Any]) -> str:
     text = _aligned(lines)
     judged = judge_rows(result)
     if judged:
-        text += "\n\n" + _aligned([["question", "model", *JUDGE_COLUMNS], *map(list, judged)])
+        text += "\n\n" + _aligned([[marked(result, JUDGE, "question"), "model", *JUDGE_COLUMNS], *map(list, judged)])
     return "\n".join([text, *(f"\n{note}" for note in result["notes"])])
 
 

@@ -10,6 +10,8 @@ from dirotq.dirotq_core.evaluate import evaluate, frechet, metrics
 from dirotq.dirotq_core.evaluate.frechet import Chunk, chunks, extract, frechet_distance, gather, resized
 from dirotq.dirotq_core.evaluate.images import find_images, real_images
 
+from .stand_ins import random_inception
+
 
 def definition(x, y):
     """Heusel et al. 2017, eq. 6, with SciPy's matrix square root, regularized by nothing."""
@@ -142,9 +144,8 @@ def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):
 
 def test_the_real_network(tmp_path, monkeypatch, folder_of_images):
     """torch-fidelity's Inception with random weights: the plumbing, not the numbers."""
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {})
-    monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    random_inception(monkeypatch)
     extractor = frechet.load_extractor("cpu")
     parts = chunks(sorted(folder_of_images(tmp_path / "i", ["a", "b", "c"]).iterdir()), tmp_path / "f")
     extract(parts, extractor, "", progress=False)

@@ -201,6 +201,12 @@ def test_seeds_of_pictures_by_others_are_not_claimed(tmp_path):
     assert text.startswith("Pictures of 128 prompts, 2.98-bit activations, against `bf16`; mean and 95 % interval:")
 
 
+def test_what_means_nothing_is_in_no_card(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(evaluated(tmp_path, meaningless=["fid", "ssim", "judge"])))
+    text = evaluation_text(tmp_path, tmp_path)
+    assert "PSNR" in text and "FID" not in text and "SSIM" not in text
+
+
 @pytest.mark.parametrize(
     ("report", "message"),
     [
