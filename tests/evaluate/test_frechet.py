@@ -118,11 +118,12 @@ def test_real_images_of_the_prompts(tmp_path, folder_of_images):
 
 def test_ids_with_a_suffix(tmp_path, folder_of_images):
     """Ids that are file names: the file itself, or what is drawn for such an id."""
-    folder_of_images(tmp_path, ["a", "b.png"])
-    assert [f.name for f in find_images("", tmp_path, ["a.png", "b.png"]).files.values()] == ["a.png", "b.png.png"]
-    folder_of_images(tmp_path / "more", ["b"])
-    with pytest.raises(ValueError, match=r"has 2 images for 'b\.png'"):
-        find_images("", tmp_path, ["b.png"])
+    folder_of_images(tmp_path, ["a", "b", "b.png"])
+    found = find_images("", tmp_path, ["a.png", "b", "b.png"]).files
+    assert {i: f.name for i, f in found.items()} == {"a.png": "a.png", "b": "b.png", "b.png": "b.png.png"}
+    folder_of_images(tmp_path / "more", ["a"])
+    with pytest.raises(ValueError, match=r"has 2 images for 'a\.png'"):
+        find_images("", tmp_path, ["a.png"])
 
 
 def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):

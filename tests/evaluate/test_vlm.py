@@ -9,7 +9,7 @@ import torch
 
 from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.evaluate.judge.local import LocalJudge, load_processor
-from dirotq.dirotq_core.evaluate.judge.protocol import REMINDER, Message, judge_pair
+from dirotq.dirotq_core.evaluate.judge.protocol import REMINDER, JudgeError, Message, judge_pair
 
 from .stand_ins import VLM_WORDS
 
@@ -53,6 +53,17 @@ def test_it_can_be_reminded(vlm):
 
     verdict = judge_pair(ask, "quality", *pair(), "a cat")
     assert verdict.choice is None and verdict.replies == 3 and asked[1:] == [REMINDER, REMINDER]
+
+
+def test_a_model_that_cannot_answer_is_named(vlm, monkeypatch):
+    judge = LocalJudge(str(vlm), max_tokens=1, dtype=torch.float32)
+
+    def generate(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand how")
+
+    monkeypatch.setattr(judge.network, "generate", generate)
+    with pytest.raises(JudgeError, match=r"the judge '.*' failed: CUDA out of memory$"):
+        judge([Message("user", (*pair(), "Which?"))])
 
 
 def test_the_whole_command(vlm, pixart, four, tmp_path, capsys):
