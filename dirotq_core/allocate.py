@@ -13,13 +13,13 @@ def allocate_bits(costs: Sequence[Mapping[int, float]], layers: Sequence[int], a
     """The bits of each site with the least sum of costs whose average over layers is at most `average`.
 
     Args:
-        costs: per site, bits → cost (not negative infinity, not NaN). layers: per site, how many layers read it; each
-            counts once in the average.
+        costs: per site, bits → cost (not negative infinity, not NaN; what costs infinity is not taken).
+        layers: per site, how many layers read it; each counts once in the average.
         average: the budget; of equal sums that with fewer bits is taken.
 
     Raises:
         ValueError: lengths differ, a site has no choice, a number is out of range, or the budget is below the smallest
-            choice of every site.
+            choice of every site, or of every finite cost.
     """
     if len(costs) != len(layers) or not costs or not all(costs):
         raise ValueError(
@@ -41,6 +41,8 @@ def allocate_bits(costs: Sequence[Mapping[int, float]], layers: Sequence[int], a
                 total = used + n * bits
                 if total <= budget and cost + own < after.get(total, math.inf):
                     after[total], choice[total] = cost + own, bits
+        if not after:
+            raise ValueError(f"no choice of bits with finite costs has an average of at most {average}")
         best = after
         taken.append(choice)
     left = min(best, key=lambda c: (best[c], c))

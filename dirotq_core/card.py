@@ -11,7 +11,7 @@ from typing import Any
 from .base_model import CARD_NAME, BaseModel
 from .card_metrics import evaluation_text
 from .files import read_json
-from .inspect import Inspection, LinearRow, inspect_checkpoint
+from .inspect import Inspection, LinearRow, bits_text, inspect_checkpoint
 from .methods import method
 
 #: In every card of ours. A card without it is the user's and is never written over.
@@ -106,7 +106,12 @@ def _metadata(found: Inspection, base: BaseModel, pipeline: str | None) -> dict[
     data["pipeline_tag"] = (
         "text-to-image" if (pipeline or PIPELINES[found.model_class]) in TEXT_TO_IMAGE else "image-to-image"
     )
-    data["tags"] = ["dirotq", "quantized", *(f"{b}-bit" for b in bits), f"w{bits[0]}a{found.config.activation_bits}"]
+    data["tags"] = [
+        "dirotq",
+        "quantized",
+        *(f"{b}-bit" for b in bits),
+        f"w{bits[0]}a{bits_text(found.activation_bits)}",
+    ]
     data["tags"].append("comfyui")
     return data | base.metadata
 
@@ -133,7 +138,7 @@ def _table(found: Inspection, path: Path) -> str:
         ("rounding", str(config.rounding)),
         (
             "activations",
-            f"{config.activation_bits} bit; `dirotq.set_activation_bits(pipe, …)` changes that when it runs",
+            f"{bits_text(found.activation_bits)} bit; `dirotq.set_activation_bits(pipe, …)` changes that when it runs",
         ),
         ("transformer", f"{_size(found.total_bytes)} (bf16: {_size(2 * found.parameters)})"),
     ]

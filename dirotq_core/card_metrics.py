@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .inspect import bits_text
 
 REPORT = "report.json"
 _LABELS = {
@@ -34,15 +35,19 @@ def evaluation_text(report: str | Path, model: str | Path) -> str:
         rows = list(result["rows"])
         reference = next(row for row in rows if row["reference"])
         row = _row_of(rows, Path(model))
-        lines = [f"| {_LABELS.get(k, k)} | {_interval(v)} |" for k, v in row["metrics"].items()]
-        lines += [f"| {_LABELS[k]} | {float(row[k]):.2f} |" for k in ("fid", "fid_real") if k in row]
+        nothing = set(result.get("meaningless") or ())  # of networks with random weights
+        metrics = {k: v for k, v in row["metrics"].items() if k not in nothing}
+        lines = [f"| {_LABELS.get(k, k)} | {_interval(v)} |" for k, v in metrics.items()]
+        if "fid" not in nothing:
+            lines += [f"| {_LABELS[k]} | {float(row[k]):.2f} |" for k in ("fid", "fid_real") if k in row]
         count = int(result["prompts"]["count"])
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{file} is no report of an evaluation: {error!r}") from error
-    bits = f", {row['activation_bits']}-bit activations" if row.get("activation_bits") else ""
-    head = (
-        f"Pictures of {count} prompts{bits}, against `{reference['name']}` with the same seeds; mean and 95 % interval:"
-    )
+    value = row.get("activation_bits")
+    bits = f", {bits_text(value)}-bit activations" if isinstance(value, (int, float)) and value else ""
+    # Of pictures that another program has drawn the seeds are not known.
+    seeds = "" if "images" in (row.get("kind"), reference.get("kind")) else " with the same seeds"
+    head = f"Pictures of {count} prompts{bits}, against `{reference['name']}`{seeds}; mean and 95 % interval:"
     return f"{head}\n\n| | |\n|---|---|\n" + "\n".join(lines)
 
 

@@ -77,6 +77,11 @@ def _add_metrics(group: Any) -> None:
     group.add_argument(
         "--real-by-id", action="store_true", help="of the real images only those that are named by the prompts' ids"
     )
+    group.add_argument(
+        "--stand-in",
+        action="store_true",
+        help="the networks of metrics and judge are stand-ins, as of random weights: mark their numbers as meaningless",
+    )
     group.add_argument("--resamples", type=positive, default=10_000, help="of the bootstrap (default: %(default)s)")
     group.add_argument(
         "--shown", type=int, default=8, metavar="N", help="prompts on the page, beside the worst (default: %(default)s)"
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         real_by_id=args.real_by_id,
         call=call, batch=args.batch, dtype=getattr(torch, args.dtype), device=pick_device(args.device),
         offload=args.offload, activation_bits=tuple(dict.fromkeys(args.activation_bits)), control=args.control,
-        resamples=args.resamples, shown=args.shown,
+        resamples=args.resamples, shown=args.shown, stand_in=args.stand_in,
     )  # fmt: skip
     prompts = read_prompt_set(args.prompts, args.samples)
     judge, parallel = _judge(args)

@@ -12,7 +12,7 @@ from .architectures import recipe_for
 from .checkpoint import CheckpointError, checkpoint_tensors
 from .config import DiRotQConfig
 from .files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
-from .layout import SitePlan, plan_sites
+from .layout import SitePlan, average_activation_bits, plan_sites
 from .report import QuantizationReport
 
 #: Bounds on a configuration, far above any model's. Values of the table of positions: 1 GiB in float64.
@@ -39,7 +39,10 @@ class LinearRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint: its rows, and totals over the whole transformer."""
+    """A checkpoint: its rows, and totals over the whole transformer.
+
+    activation_bits: the average over layers where sites have bits of their own.
+    """
 
     folder: Path
     model_class: str
@@ -47,6 +50,7 @@ class Inspection:
     rows: list[LinearRow]
     total_bytes: int
     parameters: int
+    activation_bits: float | None
 
     @property
     def quantized_bits(self) -> float:
@@ -101,7 +105,9 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     rows = [row for plan in plans for row in _rows(plan, config, entries, known)]
     parameters = sum(p.numel() for p in model.parameters())
     total = sum(e.bytes for e in entries.values())
-    return Inspection(folder, raw["_class_name"], config, rows, total, parameters)
+    return Inspection(
+        folder, raw["_class_name"], config, rows, total, parameters, average_activation_bits(plans, config)
+    )
 
 
 def sites_of(raw: dict[str, Any], where: Path) -> tuple[DiRotQConfig, list[SitePlan], Any]:
@@ -174,6 +180,11 @@ def _rows(
         yield LinearRow(name, n, plan.in_features, scheme, plan.rank, own + site * n / total_out, known.get(name))
 
 
+def bits_text(bits: float | None) -> str:
+    """Bits for people: a whole number, or an average with two digits."""
+    return f"{bits:.2f}" if isinstance(bits, float) and not bits.is_integer() else f"{bits:g}" if bits else ""
+
+
 def format_table(result: Inspection, limit: int | None = None) -> str:
     """The inspection as text, at most `limit` rows of linears (None for all). ValueError if it is negative."""
     if limit is not None and limit < 0:
@@ -182,7 +193,7 @@ def format_table(result: Inspection, limit: int | None = None) -> str:
     width = max((len(r.name) for r in rows), default=4)
     lines = [
         f"{result.model_class} in {result.folder}",
-        f"method {result.config.method}, {result.config.activation_bits}-bit activations, "
+        f"method {result.config.method}, {bits_text(result.activation_bits)}-bit activations, "
         f"format version {result.config.format_version}",
         "",
         f"{'linear':<{width}}  {'out × in':>13}  scheme  rank      KiB   bits  SQNR dB",

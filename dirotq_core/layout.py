@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -147,6 +147,14 @@ def plan_sites(model: torch.nn.Module, config: DiRotQConfig) -> list[SitePlan]:
         widths = ", ".join(f"{r} for {k} columns" for k, r in sorted(clipped))
         logger.warning("rank %d is more than half of some inputs' width; there it is %s", config.rank, widths)
     return plans
+
+
+def average_activation_bits(plans: Sequence[SitePlan], config: DiRotQConfig) -> float | None:
+    """Those of the configuration; where sites have their own, the mean over the linears with quantized inputs."""
+    if config.site_activation_bits is None:
+        return config.activation_bits
+    bits = [plan.bits_of(config) for plan in plans if plan.quantize_input for _ in plan.linears]
+    return sum(bits) / len(bits)
 
 
 def _with_bits(plans: list[SitePlan], digits: str | None) -> list[SitePlan]:

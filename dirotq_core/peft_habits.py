@@ -216,7 +216,7 @@ def _teach_others() -> None:
     if hasattr(LycorisLayer.merge, "knows_dirotq"):
         return
     for layer in (LycorisLayer, SVDLinear):
-        layer.merge = _refusing(layer.merge)
+        layer.merge = _refusing(layer.merge)  # type: ignore[method-assign]
     for cls, name in ((LoHaLayer, "update_layer"), (LoHaLayer, "get_delta_weight"), (LoKrLayer, "get_delta_weight")):
         setattr(cls, name, _seeing_shape(getattr(cls, name)))
 

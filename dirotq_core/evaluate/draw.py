@@ -48,11 +48,16 @@ def draw_subject(
                 _draw(pipeline, batch, folder, options, subject.control)
                 bar.update(len(batch))
         del pipeline
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     world.wait()
     return find_images(subject.name, folder, (p.id for p in prompts))
+
+
+def free_memory() -> None:
+    """Give back what a pipeline or a judge, to which nothing refers any more, had on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _open(

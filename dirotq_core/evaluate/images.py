@@ -59,13 +59,16 @@ def read_image(file: Path) -> np.ndarray:
 
 
 def find_images(name: str, folder: Path, ids: Iterable[str]) -> ImageSet:
-    """The pictures of `ids` in a folder and the folders in it.
+    """The pictures of `ids` in a folder and the folders in it. An id may have its file's suffix, as ``0001.jpg``.
 
     ValueError says how many are missing, and which, or which id has two.
     """
-    found: dict[str, list[Path]] = {}
+    by_stem: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     for file in folder_images(folder):
-        found.setdefault(file.stem, []).append(file)
+        by_stem.setdefault(file.stem, []).append(file)
+        by_name.setdefault(file.name, []).append(file)
+    found = by_name | by_stem  # an id with a suffix that was drawn here is a stem: 0001.jpg.png
     ids = list(ids)
     missing = [i for i in ids if i not in found]
     if missing:

@@ -25,6 +25,8 @@ class EvaluationOptions:
         control: draw the reference once more with other seeds.
         resamples: of the bootstrap.
         shown: prompts in the page's grid of images.
+        stand_in: the networks of metrics and of the judge are stand-ins, as of random weights: the report says that
+            their numbers mean nothing.
     """
 
     metrics: tuple[str, ...] = ("psnr", "ssim")
@@ -39,6 +41,7 @@ class EvaluationOptions:
     control: bool = False
     resamples: int = RESAMPLES
     shown: int = 8
+    stand_in: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -60,3 +63,12 @@ class EvaluationOptions:
             raise ValueError("real images serve FID; add fid to the metrics")
         if self.real_by_id and self.real is None:
             raise ValueError("real_by_id chooses among real images; give their folder")
+
+
+def meaningless(options: EvaluationOptions, judged: bool) -> list[str]:
+    """Of which stand-ins the numbers are: metrics with networks, and "judge" if there was one."""
+    from .metrics import METRICS
+
+    if not options.stand_in:
+        return []
+    return [name for name, metric in METRICS.items() if name in options.metrics and metric.modules] + ["judge"] * judged

@@ -12,7 +12,7 @@ import numpy as np
 
 from .images import ImageSet
 from .prompt_sets import Prompt
-from .summary import JUDGE_COLUMNS, cell, columns_of, judge_rows
+from .summary import JUDGE, JUDGE_COLUMNS, cell, columns_of, judge_rows, marked
 
 #: Longer side of a picture on the page.
 THUMBNAIL = 320
@@ -56,8 +56,8 @@ def write_page(
     body = [
         "<h1>Evaluation</h1>",
         f'<p class="small">{escape(" · ".join(about))}</p>',
-        "<p>Every model draws the same prompts with the same seeds. In brackets: 95 % intervals of a bootstrap over "
-        "prompts, the same resampled prompts for all models.</p>",
+        f"<p>{escape(_seeds(result['rows']))} In brackets: 95 % intervals of a bootstrap over prompts, the same "
+        "resampled prompts for all models.</p>",
         _table(result),
         *(f'<p class="small">{escape(note)}</p>' for note in result["notes"]),
         _differences(result),
@@ -70,6 +70,17 @@ def write_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Evaluation</title><style>{STYLE}</style></head>\n<body>\n{inner}\n</body></html>\n"
+    )
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is known of the noise that the pictures began with."""
+    others = [row["name"] for row in rows if row["kind"] == "images"]
+    if not others:
+        return "Every model draws the same prompts with the same seeds."
+    return (
+        "The models drawn here have the same prompts and the same seeds. The pictures of "
+        f"{', '.join(others)} were drawn elsewhere: their seeds are not known."
     )
 
 
@@ -109,7 +120,12 @@ def _differences(result: Mapping[str, Any]) -> str:
         verdict = ""
         if clear:
             verdict = entry["model"] if (entry["mean"] > 0) == (metric.better == "higher") else entry["minus"]
-        cells = [f"{entry['model']} − {entry['minus']}", metric.label, f"{ends[0]} [{ends[1]}, {ends[2]}]", verdict]
+        cells = [
+            f"{entry['model']} − {entry['minus']}",
+            marked(result, entry["metric"], metric.label),
+            f"{ends[0]} [{ends[1]}, {ends[2]}]",
+            verdict,
+        ]
         lines.append((cells, not clear))
     return "<h2>Differences</h2>" + _rows(["models", "metric", "difference", "better"], lines)
 
@@ -120,7 +136,7 @@ def _judge(result: Mapping[str, Any]) -> str:
         return ""
     controls = {row["name"] for row in result["rows"] if row["control"]}
     return (
-        "<h2>A model as judge</h2>"
+        f"<h2>{marked(result, JUDGE, 'A model as judge')}</h2>"
         f"<p>{escape(str(result['judge']['model']))} was asked about every pair, the reference's picture and the "
         "model's, in both orders. Preference: +1 if it always prefers the model, −1 the reference. Won, lost: in both "
         "orders. Agreement: prompts judged alike in both orders. First: how often the picture shown first was "

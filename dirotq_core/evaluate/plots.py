@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .judge.protocol import QUESTIONS
 from .metrics import METRICS
+from .summary import JUDGE, marked
 
 INK, BLUE, GREY, GREEN, RED = "#444", "#2a7fb8", "#9a9a9a", "#3a9a5c", "#c0504d"
 
@@ -23,18 +24,19 @@ def plots(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     measured = [m for m in METRICS if any(m in row["metrics"] for row in rows)]
     if measured:
-        found.append(("Means over prompts with 95 % bootstrap intervals.", _means(rows, measured)))
+        found.append(("Means over prompts with 95 % bootstrap intervals.", _means(result, measured)))
     sized = [r for r in rows if r["bits"] is not None and "psnr" in r["metrics"] and not r["control"]]
     if len(sized) > 1:
         found.append(("PSNR against the size of the denoiser.", _sizes(sized)))
     judged = [q for q in QUESTIONS if any(q in row["judge"] for row in rows)]
     if judged:
-        found.append(("The judge: preferred in both orders, or not.", _judged(rows, judged)))
+        caption = marked(result, JUDGE, "The judge: preferred in both orders, or not.")
+        found.append((caption, _judged(rows, judged)))
     return found
 
 
-def _means(rows: list[dict[str, Any]], metrics: list[str]) -> str:
-    shown = {m: [r for r in rows if m in r["metrics"]][::-1] for m in metrics}
+def _means(result: Mapping[str, Any], metrics: list[str]) -> str:
+    shown = {m: [r for r in result["rows"] if m in r["metrics"]][::-1] for m in metrics}
     height = 0.9 + 0.32 * max(map(len, shown.values()))
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
@@ -49,7 +51,7 @@ def _means(rows: list[dict[str, Any]], metrics: list[str]) -> str:
         axes.set_yticks(range(len(shown[metric])), [_short(r["name"]) for r in shown[metric]])
         axes.set_ylim(-0.6, len(shown[metric]) - 0.4)
         unit = f", {info.unit}" if info.unit else ""
-        axes.set_xlabel(f"{info.label}{unit} ({info.better} is better)")
+        axes.set_xlabel(marked(result, metric, f"{info.label}{unit} ({info.better} is better)"))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", alpha=0.3)
     for axes in figure.axes[len(metrics) :]:
@@ -80,7 +82,7 @@ def _judged(rows: list[dict[str, Any]], questions: list[str]) -> str:
     for axes, question in zip(figure.subplots(1, len(questions), squeeze=False)[0], questions, strict=True):
         left = [0.0] * len(shown)
         for key, label, colour in (("won", "model", GREEN), ("tied", "tie", "#ccc"), ("lost", "reference", RED)):
-            widths = [100 * r["judge"][question][key] for r in shown]
+            widths = [100 * (r["judge"][question][key] or 0) for r in shown]  # None where nothing was read
             axes.barh(range(len(shown)), widths, left=left, color=colour, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(range(len(shown)), [_short(r["name"]) for r in shown])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,20 @@ from filelock import FileLock, Timeout
 
 from ..engine.dist import World
 from ..engine.journal import LOCK, ResumeError, write_atomically
-from . import frechet
 from .draw import draw_subject
-from .images import ImageSet, check_sizes, find_images, real_images
-from .judge.protocol import ORDERS, QUESTIONS
+from .images import ImageSet, check_sizes, find_images
+from .judge.protocol import ORDERS, QUESTIONS, JudgeError
 from .judge.protocol import VERSION as PROTOCOL
 from .judge.run import Docket, Task, tasks
 from .judge.tally import Pair
-from .metrics import METRICS, check_installed, load_scorer
-from .options import EvaluationOptions
+from .metrics import METRICS
+from .options import EvaluationOptions, meaningless
 from .page import write_page
+from .prepare import MakeJudge, check_out, prepare
 from .prompt_sets import Prompt, digest
 from .score import distances, score_images
-from .subjects import Subject, check_architectures, check_names, open_subject, parse_subject, with_activation_bits
+from .subjects import Subject
 from .summary import VERSION, notes, prompts_csv, summarize, table_csv
-
-logger = logging.getLogger(__name__)
-
-#: The control's row.
-CONTROL = "reference, other seeds"
-#: Device → a judge: something to call with messages, which has an `identity`.
-MakeJudge = Callable[[str], Any]
 
 
 def evaluate(
@@ -58,9 +49,12 @@ def evaluate(
     Raises:
         ValueError: something cannot be compared; named before anything is drawn, where that is possible.
         ImportError: a metric needs a package that is not installed.
+        JudgeError: the judge does not answer on trial, before anything is drawn; or it failed later, and the report is
+            written without it.
     """
     if not models:
         raise ValueError("no model to evaluate was given")
+    check_out(out, [reference, *models], options.real)
     world = World.join()
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK)
@@ -83,9 +77,7 @@ def _evaluate(
     models: Sequence[str], reference: str, prompts: Sequence[Prompt], out: Path, options: EvaluationOptions,
     judge: MakeJudge | None, parallel: int, world: World,
 ) -> dict[str, Any] | None:  # fmt: skip
-    subjects = world.share(
-        world.by_first(lambda: _prepare(models, reference, prompts, out, options, judge is not None))
-    )
+    subjects = world.share(world.by_first(lambda: prepare(models, reference, prompts, out, options, judge, world)))
     assert subjects is not None
     sets = [_pictures(s, subjects[0], prompts, out, options, world) for s in subjects]
     world.by_first(lambda: check_sizes(sets[1:], sets[0]))
@@ -97,54 +89,29 @@ def _evaluate(
     fid = distances(sets, sets[0], out / "scores", options, world) if "fid" in options.metrics else {}
     verdicts: dict[str, dict[str, list[Pair]]] = {}
     identity: dict[str, Any] | None = None
+    problem: JudgeError | None = None
     if judge is not None:
         asked = judge(world.device(options.device))
-        identity = {"protocol": PROTOCOL, **asked.identity}
-        verdicts = {s.name: _judge(asked, s, sets[0], prompts, out, parallel, options, world) for s in sets[1:]}
+        try:
+            verdicts = {s.name: _judge(asked, s, sets[0], prompts, out, parallel, options, world) for s in sets[1:]}
+            identity = {"protocol": PROTOCOL, **asked.identity}
+        except JudgeError as error:  # hours of drawing and scoring are worth a report without it
+            problem = error
     if not world.first:
         return None
     result = {
         "version": VERSION,
         **_about(prompts, options),
+        "meaningless": meaningless(options, judged=bool(verdicts)),
         "judge": identity,
+        "judge_failed": None if problem is None else str(problem),
         **summarize(subjects, scores, fid, verdicts, options.resamples),
     }
     result["notes"] = notes(result)
     _write(result, sets, prompts, scores, out, options)
+    if problem is not None:
+        raise JudgeError(f"{problem}; the report in {out} is without the judge") from problem
     return result
-
-
-def _prepare(
-    models: Sequence[str],
-    reference: str,
-    prompts: Sequence[Prompt],
-    out: Path,
-    options: EvaluationOptions,
-    judged: bool,
-) -> list[Subject]:
-    """The reference, the control and the models; whatever can be found wrong without drawing is."""
-    check_installed(options.metrics)
-    if options.real is not None:
-        real_images(options.real, [p.id for p in prompts] if options.real_by_id else None)
-    first = open_subject(*parse_subject(reference), out / "converted")
-    if first.kind == "transformer":
-        raise ValueError(f"{first.path} is a transformer alone; the reference must be a pipeline or a folder of images")
-    opened = [open_subject(*parse_subject(m), out / "converted") for m in models]
-    check_architectures(first, opened)
-    subjects = [first]
-    if (options.control or judged) and first.kind == "images":
-        logger.warning("there will be no control: the reference %s is a folder of images", first.path)
-    elif options.control or judged:
-        subjects.append(replace(first, name=CONTROL, control=True))
-    subjects += with_activation_bits(opened, options.activation_bits)
-    check_names(subjects)
-    for subject in subjects:
-        if subject.kind == "images":  # the others draw what is missing
-            find_images(subject.name, subject.path, (p.id for p in prompts))
-    for name in options.metrics:  # weights that cannot be had are missed before hours of drawing
-        if METRICS[name].modules:
-            load_scorer(name, "cpu") if METRICS[name].load else frechet.load_extractor("cpu")
-    return subjects
 
 
 def _pictures(
@@ -163,9 +130,11 @@ def _judge(
     Docket(out / "judge", images, reference, judge.identity, world.rank).run(
         judge, everything, world, parallel, options.progress
     )
+    # With what the others have written.
+    docket = Docket(out / "judge", images, reference, judge.identity)
+    world.by_first(lambda: docket.check(everything))
     if not world.first:
         return {}
-    docket = Docket(out / "judge", images, reference, judge.identity)  # with what the others have written
 
     def pair(question: str, prompt: Prompt) -> Pair:
         first, second = (docket.verdict(Task(prompt, question, order)) for order in ORDERS)
@@ -198,7 +167,7 @@ def _write(
     texts = {
         "report.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
         "table.csv": table_csv(result),
-        "prompts.csv": prompts_csv(prompts, scores, [r["name"] for r in result["rows"] if r["control"]]),
+        "prompts.csv": prompts_csv(prompts, scores, result["rows"]),
         "index.html": write_page(result, sets, prompts, scores, options.shown),
     }
     for name, text in texts.items():

@@ -27,7 +27,10 @@ def score_images(
     name: str, sets: Sequence[ImageSet], reference: ImageSet, prompts: Sequence[Prompt], folder: Path,
     options: EvaluationOptions, world: World,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """One metric of every picture: set's name → scores [P]. A metric of pairs leaves the reference itself out."""
+    """One metric of every picture: set's name → scores [P]. A metric of pairs leaves the reference itself out.
+
+    ValueError names a picture whose score is not there when all should be, as when it was changed meanwhile.
+    """
     metric = METRICS[name]
     sets = [s for s in sets if not (metric.of_pairs and s is reference)]
     scorer = None
@@ -53,9 +56,12 @@ def score_images(
     world.wait()
     table = {}
     for images in sets:
-        results = Results(folder / images.name, name)
-        stamps = [_stamp(images, reference, p, metric.of_pairs) for p in prompts]
-        table[images.name] = np.array([results.get(p.id, s) for p, s in zip(prompts, stamps, strict=True)], float)
+        results = Results(folder / images.name, name)  # with what the other processes have written
+        values = [results.get(p.id, _stamp(images, reference, p, metric.of_pairs)) for p in prompts]
+        lost = next((p.id for p, value in zip(prompts, values, strict=True) if value is None), None)
+        if lost is not None:
+            raise ValueError(f"{results.folder} has no {metric.label} of {images.files[lost]}; was it changed?")
+        table[images.name] = np.array(values, float)
     return table
 
 

@@ -14,24 +14,25 @@ from typing import Any
 class Results:
     """Values by key in ``folder/name.RANK.jsonl``; every process reads all ranks' files and writes its own.
 
-    A value belongs to a stamp, a text that tells what it was computed of; with another stamp it does not exist.
+    A value belongs to a stamp, a text that tells what it was computed of. A key has a value for each stamp: which file
+    is read last says nothing about which value is newer, as the next run may have another number of processes.
     """
 
     def __init__(self, folder: Path, name: str, rank: int = 0):
+        self.folder = folder
         self.file = folder / f"{name}.{rank}.jsonl"
         self._lock = Lock()
-        self._known: dict[str, tuple[str, Any]] = {}
+        self._known: dict[tuple[str, str], Any] = {}
         ranks = (
             f for f in folder.glob("*.jsonl") if f.name.removeprefix(f"{name}.").removesuffix(".jsonl").isdecimal()
         )
         for file in sorted(ranks):
             for key, stamp, value in _lines(file):
-                self._known[key] = (stamp, value)
+                self._known[key, stamp] = value
 
     def get(self, key: str, stamp: str) -> Any:
         """The value, None if there is none."""
-        known = self._known.get(key)
-        return known[1] if known is not None and known[0] == stamp else None
+        return self._known.get((key, stamp))
 
     @contextmanager
     def writing(self) -> Iterator[Any]:
@@ -45,7 +46,7 @@ class Results:
                 with self._lock:
                     f.write(line)
                     f.flush()
-                    self._known[key] = (stamp, value)
+                    self._known[key, stamp] = value
 
             yield put
             os.fsync(f.fileno())

@@ -20,14 +20,14 @@ DENOISERS = ("transformer", "unet")
 class Size:
     """Of the denoiser. bytes: of its tensors. bits: average per parameter. linear_bits: per quantized weight.
 
-    method, activation_bits: of a DiRotQ checkpoint.
+    method, activation_bits: of a DiRotQ checkpoint; the bits an average over layers where sites have their own.
     """
 
     bytes: int
     bits: float | None = None
     linear_bits: float | None = None
     method: str | None = None
-    activation_bits: int | None = None
+    activation_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ def parse_subject(text: str) -> tuple[str, str]:
     """(name, source) of ``NAME=SOURCE`` or of a source, which is then named by its last part."""
     name, equals, source = text.partition("=")
     if not equals or Path(text).exists():
-        name, source = Path(text).name.removesuffix(".safetensors"), text
+        path = Path(text).resolve() if Path(text).exists() else Path(text)  # "." has a name, too
+        name, source = path.name.removesuffix(".safetensors"), text
     if not source or not name or not _plain(name):
-        raise ValueError(f"{text!r} must be SOURCE or NAME=SOURCE, with a name of letters, digits, spaces and -._+,")
+        raise ValueError(
+            f"{text!r} must be SOURCE or NAME=SOURCE, with a name of letters, digits, spaces and -._+, got {name!r}"
+        )
     return name, source
 
 
@@ -102,6 +105,11 @@ def _is_quantized(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == "dirotq"
 
 
+def is_quantized(subject: Subject) -> bool:
+    """Whether its denoiser is, by whichever package. Of images it is not known."""
+    return subject.size is not None and subject.size.bits != 16
+
+
 def measure(folder: Path) -> Size:
     """Of a denoiser's folder. The bits of what another package has quantized are not known.
 
@@ -109,9 +117,9 @@ def measure(folder: Path) -> Size:
     """
     if _is_quantized(folder):
         result = inspect_checkpoint(folder)
-        config = result.config
         return Size(
-            result.total_bytes, result.average_bits, result.quantized_bits, config.method, config.activation_bits
+            result.total_bytes, result.average_bits, result.quantized_bits, result.config.method,
+            result.activation_bits,
         )  # fmt: skip
     entries = read_headers(checkpoint_files(folder)).values()
     if read_json(folder / "config.json").get("quantization_config"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..inspect import bits_text
 from .bootstrap import intervals
 from .frechet import ENOUGH
 from .judge.protocol import QUESTIONS
@@ -23,6 +24,12 @@ from .subjects import Size, Subject
 OF_SETS = (("fid", "FID to reference"), ("fid_real", "FID to real images"))
 #: Of report.json.
 VERSION = 1
+#: In "meaningless", beside metrics.
+JUDGE = "judge"
+#: Behind the name of what means nothing.
+MARK = "(means nothing)"
+#: Prompts below which percentile intervals are too narrow to be trusted.
+TRUSTED = 30
 
 
 def summarize(
@@ -70,6 +77,11 @@ def summarize(
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader must know of the numbers, one sentence each."""
     found = []
+    if result.get("meaningless"):
+        labels = ["the judge" if name == JUDGE else METRICS[name].label for name in result["meaningless"]]
+        found.append(
+            f"The numbers of {', '.join(labels)} mean nothing: networks of random weights or other stand-ins made them."
+        )
     count = result["prompts"]["count"]
     if any(key in row for row in result["rows"] for key, _ in OF_SETS) and count < ENOUGH:
         found.append(
@@ -78,17 +90,32 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         )
     if any("psnr" in row["metrics"] for row in result["rows"]):
         found.append("PSNR of identical images counts as 100 dB; SSIM is over uniform windows of 7 × 7.")
-    if count < 30:
-        found.append(f"Bootstrap intervals of {count} prompts are too narrow; 30 or more are needed to trust them.")
+    if count < TRUSTED:
+        found.append(
+            f"Bootstrap intervals of {count} prompts are too narrow; {TRUSTED} or more are needed to trust them."
+        )
     for row in result["rows"]:
         for question, entry in row["judge"].items():
-            if entry["unread"]:
-                total = 2 * count
-                found.append(
-                    f"{entry['unread']} of {total} replies about {question} of {row['name']!r} were unreadable."
-                )
+            found += _judge_notes(f"about {question} of {row['name']!r}", entry, count)
+    reference = result["rows"][0]
+    if reference["kind"] != "images" and reference["bits"] != 16:
+        found.append(f"The reference {reference['name']!r} is itself quantized: nothing is compared with 16 bit.")
+    if result.get("judge_failed"):
+        found.append(f"There are no verdicts, as the judge failed: {result['judge_failed']}")
     if result.get("judge") and not any(r["control"] for r in result["rows"]):
         found.append("The judge was not checked against a control: the reference is a folder of images.")
+    return found
+
+
+def _judge_notes(what: str, entry: Mapping[str, Any], count: int) -> list[str]:
+    found = []
+    if entry["unread"]:
+        found.append(
+            f"{entry['unread']} of {2 * count} questions {what} have no verdict: no reply could be read, or the "
+            "question was refused."
+        )
+    if 0 < entry["judged"] < TRUSTED <= count:
+        found.append(f"The judge's intervals {what} are of {entry['judged']} prompts and too narrow.")
     return found
 
 
@@ -99,8 +126,13 @@ def table_csv(result: Mapping[str, Any]) -> str:
     questions = [q for q in QUESTIONS if any(q in row["judge"] for row in result["rows"])]
     head = ["model", "bytes", "bits", "linear_bits", "activation_bits"]
     head += [f"{m}{end}" for m in metrics for end in ("", "_low", "_high")] + sets
-    parts = ("preference", "preference_low", "preference_high", "won", "tied", "lost", "agreement", "unread")
-    head += [f"judge_{q}_{part}" for q in questions for part in parts]
+    parts = ("won", "tied", "lost", "agreement", "first", "judged", "unread")
+    intervals_of = ("preference", "against_control")
+    ends = [f"{name}{end}" for name in intervals_of for end in ("", "_low", "_high")]
+    head += [f"judge_{q}_{part}" for q in questions for part in (*ends, *parts)]
+    meaningless = result.get("meaningless") or []
+    if meaningless:
+        head.append("meaningless")
     lines: list[list[Any]] = [head]
     for row in result["rows"]:
         line = [row["name"], row["bytes"], row["bits"], row["linear_bits"], row["activation_bits"]]
@@ -109,7 +141,13 @@ def table_csv(result: Mapping[str, Any]) -> str:
         line += [row.get(key) for key in sets]
         for question in questions:
             entry = row["judge"].get(question)
-            line += [*_ends(entry["preference"]), *(entry[p] for p in parts[3:])] if entry else [None] * len(parts)
+            if entry is None:
+                line += [None] * len((*ends, *parts))
+                continue
+            line += [value for name in intervals_of for value in _ends(entry.get(name))]
+            line += [entry[part] for part in parts]
+        if meaningless:
+            line.append(" ".join(meaningless))
         lines.append(line)
     return _csv(lines)
 
@@ -119,15 +157,18 @@ def _ends(interval: Mapping[str, float] | None) -> list[float | None]:
 
 
 def prompts_csv(
-    prompts: Sequence[Prompt], scores: Mapping[str, Mapping[str, np.ndarray]], controls: Sequence[str]
+    prompts: Sequence[Prompt], scores: Mapping[str, Mapping[str, np.ndarray]], rows: Sequence[Mapping[str, Any]]
 ) -> str:
-    """One line per prompt and model, with the metrics of its picture. controls: names drawn with other seeds."""
+    """One line per prompt and model, with the metrics of its picture; without a seed if others have drawn it."""
+    kinds = {row["name"]: (row["kind"], row["control"]) for row in rows}
     names = list(dict.fromkeys(name for by_subject in scores.values() for name in by_subject))
     lines: list[list[Any]] = [["id", "seed", "model", *scores, "prompt"]]
     for i, prompt in enumerate(prompts):
         for name in names:
             values = [float(by[name][i]) if name in by else None for by in scores.values()]
-            lines.append([prompt.id, prompt.seed(name in controls), name, *values, prompt.text])
+            kind, control = kinds[name]
+            seed = None if kind == "images" else prompt.seed(control)
+            lines.append([prompt.id, seed, name, *values, prompt.text])
     return _csv(lines)
 
 
@@ -149,7 +190,14 @@ def columns_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if any(name in row["metrics"] for row in rows):
             arrow = "↑" if metric.better == "higher" else "↓"
             found.append((name, f"{metric.label}{f' {metric.unit}' if metric.unit else ''} {arrow}"))
-    return found + [(key, f"{label} ↓") for key, label in OF_SETS if any(key in row for row in rows)]
+    found += [(key, f"{label} ↓") for key, label in OF_SETS if any(key in row for row in rows)]
+    return [(key, marked(result, key, heading)) for key, heading in found]
+
+
+def marked(result: Mapping[str, Any], key: str, heading: str) -> str:
+    """`heading`, with `MARK` if a stand-in made the numbers of this metric, column of a metric, or of the judge."""
+    name = "fid" if key in dict(OF_SETS) else key
+    return f"{heading} {MARK}" if name in (result.get("meaningless") or []) else heading
 
 
 def cell(row: Mapping[str, Any], key: str) -> str:
@@ -157,7 +205,7 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     if key == "size":
         return "" if row["bytes"] is None else f"{row['bytes'] / 1e6:,.1f}"
     if key == "activation_bits":
-        return "" if row[key] is None else str(row[key])
+        return bits_text(row[key])
     if key in ("bits", "linear_bits"):
         return "" if row[key] is None else f"{row[key]:.2f}"
     if key in METRICS and key in row["metrics"]:
@@ -177,12 +225,10 @@ def judge_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             entry = row["judge"].get(question)
             if entry is None:
                 continue
-            shares = [f"{entry[k]:.0%}" if entry["judged"] else "" for k in ("won", "tied", "lost", "agreement")]
-            first = "" if entry["first"] is None else f"{entry['first']:.0%}"
+            keys = ("won", "tied", "lost", "agreement", "first")
+            shares = ["" if entry[key] is None else f"{entry[key]:.0%}" for key in keys]
             net = _signed(entry.get("against_control"))
-            lines.append(
-                (question, row["name"], _signed(entry["preference"]), *shares, first, net, str(entry["judged"]))
-            )
+            lines.append((question, row["name"], _signed(entry["preference"]), *shares, net, str(entry["judged"])))
     return lines
 
 
@@ -198,7 +244,7 @@ def table_text(result: Mapping[str, Any]) -> str:
     text = _aligned(lines)
     judged = judge_rows(result)
     if judged:
-        text += "\n\n" + _aligned([["question", "model", *JUDGE_COLUMNS], *map(list, judged)])
+        text += "\n\n" + _aligned([[marked(result, JUDGE, "question"), "model", *JUDGE_COLUMNS], *map(list, judged)])
     return "\n".join([text, *(f"\n{note}" for note in result["notes"])])
 
 

@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import CheckpointError, check_header, check_names, checkpoint_tensors
 from ..files import TensorEntry, read_headers
 from ..inspect import Inspection, LinearRow
-from ..layout import SitePlan
+from ..layout import SitePlan, average_activation_bits
 from .convert import from_native
 from .read import native_plans, read_config, read_layout, read_metadata
 from .write import REPORT_KEY
@@ -43,7 +43,8 @@ def inspect_native(path: str | Path) -> Inspection:
     ]
     parameters = sum(p.numel() for p in model.parameters())
     total = sum(e.bytes for e in entries.values())
-    return Inspection(path, config["_class_name"], quantization, rows, total, parameters)
+    bits = average_activation_bits(plans, quantization)
+    return Inspection(path, config["_class_name"], quantization, rows, total, parameters, bits)
 
 
 def _row(

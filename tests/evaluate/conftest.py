@@ -8,6 +8,8 @@ import dirotq
 from dirotq.dirotq_core.demo.embedded import MODELS, load_pipeline, prompts
 from dirotq.dirotq_core.evaluate import EvaluationOptions, Prompt
 
+from .stand_ins import make_clip, make_vlm
+
 METHODS = ("hadamard", "rtn")
 
 
@@ -48,6 +50,22 @@ def flux(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four():
     return [Prompt(f"scene-{i}", s.caption()) for i, s in enumerate(prompts(4, seed=3))]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The folder of a small CLIP."""
+    folder = tmp_path_factory.mktemp("clip")
+    make_clip(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """The folder of a small vision-language model."""
+    folder = tmp_path_factory.mktemp("vlm")
+    make_vlm(folder)
+    return folder
 
 
 @pytest.fixture

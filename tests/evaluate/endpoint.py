@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from PIL import Image
 
+from dirotq.dirotq_core.evaluate.judge.endpoint import Endpoint
+
 
 @dataclass
 class Answer:
@@ -117,3 +119,8 @@ def _question(body: dict, headers: dict[str, str]) -> Question:
                 assert kind == "data:image/png;base64"
                 images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
     return Question(body, headers, texts, images)
+
+
+def quick(server: Server, **changes: object) -> Endpoint:
+    """The judge that asks it, without long pauses."""
+    return Endpoint(server.url, "judge-7b", **{"pause": 0.01, "tries": 3, "timeout": 5, **changes})

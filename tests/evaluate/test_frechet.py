@@ -8,7 +8,9 @@ from scipy.linalg import sqrtm
 
 from dirotq.dirotq_core.evaluate import evaluate, frechet, metrics
 from dirotq.dirotq_core.evaluate.frechet import Chunk, chunks, extract, frechet_distance, gather, resized
-from dirotq.dirotq_core.evaluate.images import real_images
+from dirotq.dirotq_core.evaluate.images import find_images, real_images
+
+from .stand_ins import random_inception
 
 
 def definition(x, y):
@@ -114,6 +116,16 @@ def test_real_images_of_the_prompts(tmp_path, folder_of_images):
         real_images(tmp_path / "empty", ["a"])
 
 
+def test_ids_with_a_suffix(tmp_path, folder_of_images):
+    """Ids that are file names: the file itself, or what is drawn for such an id."""
+    folder_of_images(tmp_path, ["a", "b", "b.png"])
+    found = find_images("", tmp_path, ["a.png", "b", "b.png"]).files
+    assert {i: f.name for i, f in found.items()} == {"a.png": "a.png", "b": "b.png", "b.png": "b.png.png"}
+    folder_of_images(tmp_path / "more", ["a"])
+    with pytest.raises(ValueError, match=r"has 2 images for 'a\.png'"):
+        find_images("", tmp_path, ["a.png"])
+
+
 def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):
     """Against the reference's pictures and real ones, of features that are mean colours; the note says it is of few."""
     monkeypatch.setattr(metrics, "find_spec", lambda name: True)
@@ -133,9 +145,8 @@ def test_fid_in_a_run(tmp_path, folder_of_images, four, pixart, monkeypatch):
 
 def test_the_real_network(tmp_path, monkeypatch, folder_of_images):
     """torch-fidelity's Inception with random weights: the plumbing, not the numbers."""
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {})
-    monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    random_inception(monkeypatch)
     extractor = frechet.load_extractor("cpu")
     parts = chunks(sorted(folder_of_images(tmp_path / "i", ["a", "b", "c"]).iterdir()), tmp_path / "f")
     extract(parts, extractor, "", progress=False)

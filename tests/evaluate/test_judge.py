@@ -1,151 +1,26 @@
-"""The judge: replies that are read or not, a server that fails, verdicts that are counted, and a run that goes on."""
+"""The judge in a run: verdicts that are kept and counted, questions that it refuses, and a run that goes on."""
 
+import csv
 import json
+import re
 import threading
 import time
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dirotq.dirotq_core.engine.dist import World
 from dirotq.dirotq_core.evaluate import Prompt
 from dirotq.dirotq_core.evaluate.images import find_images
-from dirotq.dirotq_core.evaluate.judge.endpoint import Endpoint, JudgeError
-from dirotq.dirotq_core.evaluate.judge.protocol import ORDERS, QUESTIONS, Message, judge_pair, read_reply
+from dirotq.dirotq_core.evaluate.judge.endpoint import Endpoint
+from dirotq.dirotq_core.evaluate.judge.protocol import (
+    ORDERS,
+    QUESTIONS,
+    JudgeError,
+)
 from dirotq.dirotq_core.evaluate.judge.run import Docket, Task, tasks
 from dirotq.dirotq_core.evaluate.judge.tally import against_control, tally
 
-from .endpoint import Answer, Server, said
-
-
-@pytest.mark.parametrize(
-    ("reply", "choice"),
-    [
-        ("FIRST", "first"),
-        (" second.\n", "second"),
-        ("**TIE**", "tie"),
-        ("The answer is FIRST", "first"),
-        ("Answer: TIE", "tie"),
-        ("The first one has noise, the second has not. Answer: SECOND", "second"),
-        ("Verdict: first. No, wait. Verdict: second", "second"),
-        ("<think>FIRST? no, SECOND looks better</think>TIE", "tie"),
-        ("<THINK>\nlong\n</THINK>\nfirst", "first"),
-        ('{"answer": "second"}', "second"),
-        ("It's a tie", "tie"),
-        ("", None),
-        ("I cannot see images.", None),
-        ("FIRST or SECOND", None),
-        ("The first image shows a cat on a mat.", None),
-        ("<think>FIRST", None),
-        ("necktie", None),
-        ("1", None),
-    ],
-)
-def test_replies(reply, choice):
-    assert read_reply(reply) == choice
-
-
-@given(st.text(max_size=200))
-def test_any_reply_is_read_or_not(reply):
-    assert read_reply(reply) in ("first", "second", "tie", None)
-
-
-A, B = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
-
-
-def test_a_reply_that_cannot_be_read_is_asked_for_again():
-    replies, seen = ["hm", "well", "SECOND"], []
-
-    def ask(messages):
-        seen.append(list(messages))
-        return replies[len(seen) - 1]
-
-    verdict = judge_pair(ask, "alignment", A, B, "a {prompt} cat")
-    assert (verdict.choice, verdict.reply, verdict.replies) == ("second", "SECOND", 3)
-    assert [len(m) for m in seen] == [1, 3, 5] and seen[2][1].parts == ("hm",)
-    text = seen[0][0].parts[-1]
-    assert "\n\na {prompt} cat\n\n" in text
-    assert [p is A for p in seen[0][0].parts[1:4:2]] == [True, False]
-    assert judge_pair(lambda m: "no", "quality", A, B, "x").choice is None
-
-
-def messages():
-    return [Message("user", ("First image:", A, "Second image:", B, "Which?"))]
-
-
-def quick(server, **changes):
-    return Endpoint(server.url, "judge-7b", **{"pause": 0.01, "tries": 3, "timeout": 5, **changes})
-
-
-def test_a_request(monkeypatch):
-    monkeypatch.setenv("DIROTQ_JUDGE_API_KEY", "sesame")
-    monkeypatch.setenv("OPENAI_API_KEY", "of somebody else")
-    with Server(lambda q: said([{"type": "text", "text": "TIE"}])) as server:
-        assert quick(server)(messages()) == "TIE"
-    (question,) = server.questions
-    assert question.headers["Authorization"] == "Bearer sesame"
-    assert question.body["model"] == "judge-7b" and question.body["temperature"] == 0
-    np.testing.assert_array_equal(question.images[0], A)
-    np.testing.assert_array_equal(question.images[1], B)
-    assert question.texts == ["First image:", "Second image:", "Which?"]
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        Answer(b"busy", 503),
-        Answer(b"slow down", 429, {"Retry-After": "0"}),
-        Answer(b"<html>a proxy</html>"),
-        Answer(b'{"choices": []}'),
-        Answer(b"[]"),
-        Answer(b"\xff\xfe"),
-        Answer(b"", cut=True),
-    ],
-    ids=lambda a: f"{a.status} {a.body[:12]!r}",
-)
-def test_trouble_that_passes(trouble):
-    answers = [trouble, trouble, said("FIRST")]
-    with Server(lambda q: answers[len(server.questions) - 1]) as server:
-        assert quick(server)(messages()) == "FIRST"
-        assert len(server.questions) == 3
-
-
-def test_trouble_that_stays():
-    with Server(lambda q: Answer(b"out of memory", 500)) as server:
-        with pytest.raises(JudgeError, match="failed 3 times, at last with status 500, out of memory"):
-            quick(server)(messages())
-        assert len(server.questions) == 3
-        url = server.url
-    with pytest.raises(JudgeError, match="failed 2 times, at last with URLError"):
-        Endpoint(url, "x", tries=2, pause=0.01)(messages())
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_a_refusal_is_not_repeated(status):
-    with Server(lambda q: Answer(b'{"error": "no such\\n model"}', status, {"Location": "/elsewhere"})) as server:
-        with pytest.raises(JudgeError, match=f"refused: status {status}, .*no such"):
-            quick(server)(messages())
-        assert len(server.questions) == 1
-
-
-def test_an_answer_that_takes_too_long():
-    with Server(lambda q: said("TIE"), delay=0.5) as server, pytest.raises(JudgeError, match=r"(?i)time"):
-        quick(server, tries=1, timeout=0.1)(messages())
-
-
-def test_a_silent_model_is_reminded():
-    answers = [said(None), said(""), said("TIE")]
-    with Server(lambda q: answers[(q.turns - 1) // 2]) as server:
-        assert judge_pair(quick(server), "quality", A, B, "x").choice == "tie"
-    assert [q.turns for q in server.questions] == [1, 3, 5]
-
-
-def test_waiting_grows_and_has_an_end():
-    judge = Endpoint("http://localhost/v1", "x")
-    assert [judge._wait(n, None) for n in (1, 2, 3, 9)] == [1, 2, 4, 60]
-    assert judge._wait(1, "7") == 7 and judge._wait(1, "Wed, 21 Oct") == 1 and judge._wait(1, "9999") == 60
+from .endpoint import Answer, Server, quick, said
 
 
 @pytest.fixture
@@ -271,7 +146,7 @@ def test_verdicts_belong_to_a_judge_and_to_pictures(pictures, tmp_path):
 def test_processes_share_the_questions(pictures, tmp_path, monkeypatch, ranks, size):
     """What each of three processes would do, one after the other."""
     (model, reference), prompts = pictures
-    monkeypatch.setattr(World, "wait", lambda self: None)
+    monkeypatch.setattr(World, "gather", lambda self, mine, shares: mine)
     monkeypatch.setattr(World, "share", lambda self, value: tasks(prompts))
     counts = []
     for rank in ranks:
@@ -300,7 +175,127 @@ def test_counts_by_hand():
     control = [("tie", "tie")] * 5 + [("second", "first")]
     net = against_control(pairs, control, 100)
     assert net.mean == pytest.approx(0.1)
-    assert tally([(None, "tie")], 10).preference is None and against_control([(None, None)], control[:1], 10) is None
+    unread = tally([(None, "tie")], 10)
+    assert (unread.preference, unread.won, unread.tied, unread.agreement, unread.judged) == (None, None, None, None, 0)
+    assert against_control([(None, None)], control[:1], 10) is None
+
+
+@pytest.mark.parametrize(("won", "lost"), [(7, 93), (14, 86), (29, 71), (3, 4)])
+def test_shares_are_counted(won, lost):
+    """1 − 0.07 − 0.93 is less than 0, and would be shown as −0 %."""
+    found = tally([("second", "first")] * won + [("first", "second")] * lost, 10)
+    assert found.tied == 0 and not str(found.tied).startswith("-") and found.won == won / (won + lost)
+
+
+def test_judges_in_turn_are_not_asked_again(pictures, tmp_path):
+    (model, reference), prompts = pictures
+    counts = []
+    for name in "ABA":
+        asked = []
+        docket = Docket(tmp_path / "judge", model, reference, {"model": name})
+        docket.run(lambda m, asked=asked: asked.append(1) or "TIE", tasks(prompts), World(), 1, progress=False)
+        counts.append(len(asked))
+    assert counts == [24, 24, 0]
+
+
+def refusing(wanted):
+    """A judge who refuses the prompts that `wanted` names, with the status of a content filter."""
+
+    def answer(question):
+        refused = int(question.images[0][0, 0, 1]) in wanted
+        return Answer(b'{"error": {"code": "content_filter"}}', 400) if refused else said("FIRST")
+
+    return answer
+
+
+def test_a_question_that_is_refused_ends_nothing(pictures, tmp_path):
+    (model, reference), prompts = pictures
+    everything = tasks(prompts)
+    with Server(refusing({0, 3})) as server:
+        docket = Docket(tmp_path / "judge", model, reference, quick(server).identity)
+        docket.run(quick(server), everything, World(), 2, progress=False)
+        docket.check(everything)
+        assert docket.missing(everything) == [] and len(server.questions) == 24
+    assert judged(docket, prompts)["quality"] == [(None, None), *[("first", "first")] * 2, (None, None),
+                                                  *[("first", "first")] * 2]  # fmt: skip
+    (file,) = (tmp_path / "judge" / "model").iterdir()
+    replies = [value["reply"] for _, _, value in map(json.loads, file.read_text().splitlines())]
+    assert sum("content_filter" in reply for reply in replies) == 8
+
+
+def test_a_judge_that_refuses_everything_has_failed(pictures, tmp_path, monkeypatch):
+    """At the end, or sooner where there are many questions; what it refused is asked again."""
+    (model, reference), prompts = pictures
+    everything = tasks(prompts)
+    with Server(refusing(range(6))) as server:
+        docket = Docket(tmp_path / "judge", model, reference, {"model": "a"})
+        docket.run(quick(server), everything, World(), 1, progress=False)
+        with pytest.raises(JudgeError, match=r"refused all 24 questions about 'model'; .*content_filter"):
+            docket.check(everything)
+        assert len(docket.missing(everything)) == 24
+        monkeypatch.setattr("dirotq.dirotq_core.evaluate.judge.run.HOPELESS", 5)
+        with pytest.raises(JudgeError, match="refused the first 5 questions"):
+            docket.run(quick(server), everything, World(), 1, progress=False)
+    with Server(refusing({0})) as server:
+        Docket(tmp_path / "judge", model, reference, {"model": "a"}).run(
+            quick(server), everything, World(), 1, progress=False
+        )
+    Docket(tmp_path / "judge", model, reference, {"model": "a"}).check(everything)
+
+
+@pytest.fixture
+def compare(tmp_path, folder_of_images):
+    """A function that runs the command on two folders of images and three prompts with the judge of a server."""
+    from dirotq.dirotq_core.cli import main
+
+    ids = [f"{i:05d}" for i in range(3)]
+    folders = [folder_of_images(tmp_path / name, ids, seed) for seed, name in enumerate(("reference", "model"))]
+    (tmp_path / "p.txt").write_text("scene 0\nscene 1\nscene 2\n")
+
+    def run(server, *more):
+        command = ["evaluate", str(folders[1]), "--reference", str(folders[0]), "--out", str(tmp_path / "out")]
+        command += ["--prompts", str(tmp_path / "p.txt"), "--resamples", "50", "--device", "cpu"]
+        return main([*command, "--judge", "judge-7b", "--judge-url", server.url, *more])
+
+    return run
+
+
+def test_a_judge_that_nobody_understands(compare, tmp_path):
+    """Blank, and not 0, wherever there is no verdict; questions are counted, and not the replies to them."""
+    with Server(lambda q: said("I cannot help with that request.")) as server:
+        assert compare(server) == 0
+    (row,) = [r for r in csv.DictReader((tmp_path / "out" / "table.csv").open()) if r["model"] == "model"]
+    cells = {name: value for name, value in row.items() if name.startswith("judge_quality_")}
+    assert {name for name, value in cells.items() if value} == {"judge_quality_judged", "judge_quality_unread"}
+    assert (row["judge_quality_judged"], row["judge_quality_unread"]) == ("0", "6")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any(n.startswith("6 of 6 questions about quality of 'model' have no verdict") for n in report["notes"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "0%" not in re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL).partition("A model as judge")[2]
+
+
+def test_a_judge_is_tried_before_anything_is_drawn(compare, tmp_path, capsys):
+    with Server(lambda q: Answer(b'{"error": "no images, please"}', 400)) as server:
+        assert compare(server) == 1 and len(server.questions) == 1
+        assert server.questions[0].images[0].shape == (64, 64, 3)
+    assert "two small pictures on trial" in (err := capsys.readouterr().err) and "no images, please" in err
+    assert not (tmp_path / "out" / "scores").exists()
+
+
+def test_a_judge_that_fails_leaves_a_report_without_it(compare, tmp_path, capsys):
+    """It answers on trial and 5 questions; the report has the metrics. It comes back, and the rest is asked."""
+    with Server(lambda q: said("TIE") if len(server.questions) <= 6 else Answer(b"no", 403)) as server:
+        assert compare(server, "--judge-parallel", "1") == 1
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["judge"] is None and "status 403" in report["judge_failed"]
+        assert report["rows"][1]["metrics"]["psnr"] and report["rows"][1]["judge"] == {}
+        assert any("as the judge failed: " in note for note in report["notes"])
+        assert "is without the judge" in capsys.readouterr().err and (tmp_path / "out" / "index.html").exists()
+        server.answer = lambda q: said("TIE")
+        server.questions.clear()
+        assert compare(server) == 0 and len(server.questions) == 1 + 12 - 5
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"][1]["judge"]["quality"]["judged"] == 3
+    assert compare(server) == 0, "all is judged, and nobody need be there"
 
 
 def test_the_whole_command(pixart, four, tmp_path, capsys):
@@ -315,14 +310,14 @@ def test_the_whole_command(pixart, four, tmp_path, capsys):
                    "--prompts", str(prompts), "--resamples", "50", "--device", "cpu", "--judge", "judge-7b",
                    "--judge-url", server.url, *extra]  # fmt: skip
         assert main(command) == 0
-        assert len(server.questions) == 2 * 4 * 4
+        assert len(server.questions) == 1 + 2 * 4 * 4, "one on trial"
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     control, model = report["rows"][1:]
     assert control["control"] and model["name"] == "rtn"
     assert model["judge"]["quality"]["tied"] == 1 and model["judge"]["alignment"]["preference"]["mean"] == 0
     assert model["judge"]["quality"]["against_control"] == {"mean": 0, "low": 0, "high": 0}
-    assert report["judge"]["model"] == "judge-7b" and report["judge"]["protocol"] == 1
+    assert report["judge"]["model"] == "judge-7b" and report["judge"]["protocol"] == 2
     page = (tmp_path / "out" / "index.html").read_text()
     assert "judge-7b was asked" in page and "quality" in out and "100%" in out
     key = "DIROTQ_JUDGE_API_KEY"

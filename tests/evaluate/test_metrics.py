@@ -1,44 +1,18 @@
 """Metrics with networks of random weights: what goes in and what comes out, not what it means."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
-from transformers import PreTrainedTokenizerFast as Fast
+from transformers import CLIPModel, CLIPProcessor
 
 from dirotq.dirotq_core.evaluate import evaluate, image_reward, metrics
-from dirotq.dirotq_core.evaluate.image_reward import ImageReward, preprocess
+from dirotq.dirotq_core.evaluate.image_reward import preprocess
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|startoftext|>", "<|endoftext|>", "a", "red", "cat", "large", "circle"]
+from .stand_ins import published, random_alexnet, reward_tokenizer, small_reward
 
 
 def noise(seed, height=40, width=56):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A CLIP of 2 layers with a vocabulary of bytes."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(i) for i in range(97, 123)]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": len(vocabulary), "max_position_embeddings": 16, "eos_token_id": 1},
-        vision_config={**small, "image_size": 30, "patch_size": 6},
-        projection_dim=24,
-    )
-    size = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    return folder
 
 
 def test_clip_score(clip, monkeypatch):
@@ -65,52 +39,6 @@ def test_clip_and_judge_free_columns(clip, monkeypatch, tmp_path, folder_of_imag
     result = evaluate([str(b)], str(a), four, tmp_path / "out", pixart.options(metrics=("clip", "psnr")))
     assert [sorted(row["metrics"]) for row in result["rows"]] == [["clip"], ["clip", "psnr"]]
     assert "CLIP score ↑" in (tmp_path / "out" / "index.html").read_text()
-
-
-def published(vision_layers, text_layers, seed=0):
-    """Random weights under the published names, of width 32, and what of them is not read."""
-    g = torch.Generator().manual_seed(seed)
-
-    def linear(name, n, k):
-        return {f"{name}.weight": torch.randn(n, k, generator=g) / k**0.5, f"{name}.bias": torch.randn(n, generator=g)}
-
-    def norm(name):
-        return {f"{name}.weight": 1 + 0.1 * torch.randn(32, generator=g),
-                f"{name}.bias": 0.1 * torch.randn(32, generator=g)}  # fmt: skip
-
-    v, t = "blip.visual_encoder", "blip.text_encoder"
-    state = {f"{v}.cls_token": torch.randn(1, 1, 32, generator=g),
-             f"{v}.pos_embed": torch.randn(1, 50, 32, generator=g),
-             f"{v}.patch_embed.proj.weight": torch.randn(32, 3, 32, 32, generator=g) / 50,
-             f"{v}.patch_embed.proj.bias": torch.randn(32, generator=g), **norm(f"{v}.norm")}  # fmt: skip
-    for i in range(vision_layers):
-        b = f"{v}.blocks.{i}"
-        state |= norm(f"{b}.norm1") | norm(f"{b}.norm2") | linear(f"{b}.attn.qkv", 96, 32)
-        state |= linear(f"{b}.attn.proj", 32, 32) | linear(f"{b}.mlp.fc1", 48, 32) | linear(f"{b}.mlp.fc2", 32, 48)
-    state |= {f"{t}.embeddings.word_embeddings.weight": torch.randn(11, 32, generator=g),
-              f"{t}.embeddings.position_embeddings.weight": torch.randn(64, 32, generator=g),
-              f"{t}.embeddings.position_ids": torch.arange(64)[None], **norm(f"{t}.embeddings.LayerNorm")}  # fmt: skip
-    for i in range(text_layers):
-        b = f"{t}.encoder.layer.{i}"
-        for kind in ("attention", "crossattention"):
-            for part in ("query", "key", "value"):
-                state |= linear(f"{b}.{kind}.self.{part}", 32, 32)
-            state |= linear(f"{b}.{kind}.output.dense", 32, 32) | norm(f"{b}.{kind}.output.LayerNorm")
-        state |= linear(f"{b}.intermediate.dense", 48, 32) | linear(f"{b}.output.dense", 32, 48)
-        state |= norm(f"{b}.output.LayerNorm")
-    for index, (k, n) in zip((0, 2, 4, 6, 7), ((32, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True):
-        state |= linear(f"mlp.layers.{index}", n, k)
-    return state | linear("blip.vision_proj", 8, 32) | linear("blip.text_proj", 8, 32)
-
-
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def small_reward():
-    model = ImageReward({**SMALL, "patch_size": 32}, {**SMALL, "vocab_size": 11, "max_position_embeddings": 64}).eval()
-    state = published(2, 2)
-    model.load_published(state)
-    return model, {name: value.double() for name, value in state.items()}
 
 
 def oracle(w, pixels, ids, mask):
@@ -189,12 +117,8 @@ def test_image_reward_names_what_does_not_fit():
 
 def test_image_reward_scores_a_picture(monkeypatch, tmp_path):
     """From the published file to a number, without the Hub."""
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = Fast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     model, weights = small_reward()
-    score = image_reward.scorer(model, tokenizer, "cpu")
+    score = image_reward.scorer(model, reward_tokenizer(), "cpu")
     image = noise(3, 224, 300)
     ids = torch.tensor([2, 6, 7, 8, 3] + [0] * 30)
     expected = oracle(weights, preprocess(image), ids, (ids != 0).long())
@@ -217,12 +141,8 @@ def test_preprocessing_cuts_the_middle(height, width):
 
 def test_lpips_with_random_weights(monkeypatch, tmp_path):
     pytest.importorskip("torchmetrics")
-    torchvision = pytest.importorskip("torchvision")
-    torch.manual_seed(0)
-    network = torchvision.models.alexnet(weights=None)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(network.state_dict(), tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    pytest.importorskip("torchvision")
+    random_alexnet(tmp_path, monkeypatch)
     score = metrics.load_scorer("lpips", "cpu")
     a, b = noise(0, 70, 80), noise(1, 70, 80)
     assert score(a, a, "") == 0 and score(a, b, "") > 0

@@ -1,5 +1,6 @@
 """The report as a page: complete in itself, true to the numbers, and a browser shows it."""
 
+import csv
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from PIL import Image
 from dirotq.dirotq_core.evaluate import Prompt, evaluate
 from dirotq.dirotq_core.evaluate.page import write_page
 from dirotq.dirotq_core.evaluate.plots import plots
-from dirotq.dirotq_core.evaluate.summary import cell, columns_of, table_text
+from dirotq.dirotq_core.evaluate.summary import cell, columns_of, notes, table_csv, table_text
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '"><script>alert(1)</script> & co'
@@ -128,6 +129,42 @@ def test_all_that_it_can_show():
         assert value in cells
     assert text.count("<svg") == 3 and "judge &amp; co was asked" in text
     assert "FID to reference ↓" in table_text(result)
+
+
+def row(name, judged=None, kind="pipeline", bits=16.0):
+    interval = {"mean": 0.0, "low": -0.1, "high": 0.1}
+    entry = {"preference": interval, "against_control": interval, "won": 0.25, "tied": 0.5, "lost": 0.25,
+             "agreement": 0.75, "first": 0.5, "judged": judged, "unread": 0}  # fmt: skip
+    return {"name": name, "kind": kind, "control": False, "reference": False, "bytes": 1, "bits": bits,
+            "linear_bits": None, "activation_bits": None, "metrics": {},
+            "judge": {} if judged is None else {"quality": entry}}  # fmt: skip
+
+
+def test_the_judges_columns_are_in_the_table_of_data():
+    head, _, line = table_csv({"rows": [row("bf16"), row("a", 40)]}).splitlines()
+    cells = dict(zip(head.split(","), line.split(","), strict=True))
+    assert cells["judge_quality_judged"] == "40" and cells["judge_quality_first"] == "0.5"
+    assert [cells[f"judge_quality_against_control{end}"] for end in ("", "_low", "_high")] == ["0.0", "-0.1", "0.1"]
+
+
+def test_notes_are_of_what_was_judged():
+    """Of 40 prompts 12 were judged: the intervals of the judge are too narrow, and the others are not."""
+    found = notes({"rows": [row("bf16"), row("a", 12), row("b", 40)], "prompts": {"count": 40}})
+    assert found == ["The judge's intervals about quality of 'a' are of 12 prompts and too narrow."]
+
+
+def test_a_quantized_reference_is_told():
+    for bits, told in ((16.0, False), (4.4, True), (None, True)):
+        found = notes({"rows": [row("base", bits=bits), row("a")], "prompts": {"count": 40}})
+        assert any("reference 'base' is itself quantized" in note for note in found) is told
+
+
+def test_seeds_of_pictures_by_others_are_not_claimed(report):
+    out, _ = report
+    text = (out / "index.html").read_text(encoding="utf-8")
+    assert "with the same seeds" not in text and "reference, ours, theirs, 4 bit were drawn elsewhere" in text
+    with (out / "prompts.csv").open(encoding="utf-8") as f:
+        assert {line["seed"] for line in csv.DictReader(f)} == {""}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")

@@ -52,6 +52,8 @@ COCO = {
         {"image_id": 25, "id": 4, "caption": "a giraffe"},
     ],
 }
+MIXED = {"annotations": [{"image_id": 1, "id": "12", "caption": "later"},
+                         {"image_id": "1", "id": 3, "caption": "first"}]}  # fmt: skip
 KARPATHY = {
     "images": [
         {"filename": "COCO_val2014_000000000042.jpg", "split": "val",
@@ -72,6 +74,20 @@ KARPATHY = {
         ("p.csv", 'ID,Prompt\nx,"a cat, small"\ny,"a\ndog"\n', [("x", "a cat, small"), ("y", "a\ndog")]),
         ("p.csv", "caption\na cat\n", [("00000", "a cat")]),
         ("p.csv", 'Index,Image_ID,Category,Prompt\n1,0a,food,"udon, "\n', [("0a", "udon, ")]),
+        (
+            "p.txt",
+            "a\u2028cat\r\na\x0bdog\na \x85 fox",
+            [("00000", "a\u2028cat"), ("00001", "a\x0bdog"), ("00002", "a \x85 fox")],
+        ),
+        ("p.json", [{"image_id": "x9", "prompt": "a cat"}], [("x9", "a cat")]),
+        ("p.yaml", "0010: a cat\n2020-01-01: yes\n1e3: 3\n", [("0010", "a cat"), ("2020-01-01", "yes"), ("1e3", "3")]),
+        (
+            "p.yaml",
+            "- {id: 007, prompt: a cat}\n- image_id: no\n  prompt: a dog\n",
+            [("007", "a cat"), ("no", "a dog")],
+        ),
+        ("p.yaml", "a: &b {prompt: a cat}\nc:\n  <<: *b\n", [("a", "a cat"), ("c", "a cat")]),
+        ("captions_val2014.json", MIXED, [("000000000001", "first")]),
         ("captions_val2014.json", COCO, [("COCO_val2014_000000000009", "a dog\n"), ("000000000025", "a giraffe")]),
     ],
 )
@@ -106,6 +122,24 @@ def test_karpathys_captions_are_those_that_the_field_takes(tmp_path):
         ("p.json", ["x", {"prompt": "y"}], "entry 0 is 'x', and others are not strings"),
         ("p.yaml", "a: [", "not valid YAML"),
         ("p.json", {"annotations": [{"id": 1}]}, "an annotation needs image_id, id and caption"),
+        ("p.csv", "id,prompt\n1,a cat\n2,a red cat, on a mat\n", "line 3 has 3 fields and the header 2"),
+        ("p.csv", "prompt,Prompt \na cat,a dog\n", "two columns are called 'prompt'"),
+        ("p.yaml", "a: x\n'a': y\n", "id 'a' is there twice, again in line 2"),
+        ("p.yaml", "? [a]\n: x\n", "line 1: a key must be a text"),
+        ("p.yaml", "a: ~\n", "a prompt needs an id and a text, got 'a' and None"),
+        ("p.yaml", "[" * 10_000, "nested too deeply"),
+        ("p.json", '["a \\ud800 b"]', "the prompt with id '00000' holds half a surrogate pair"),
+        ("p.json", '{"\\ud800": "x"}', r"id '\ud800' cannot be the name of a file"),
+        (
+            "p.json",
+            {"annotations": [{"image_id": [1], "id": 1, "caption": "x"}]},
+            "image_id of an annotation must be a number or a text, got [1]",
+        ),
+        (
+            "p.json",
+            {"annotations": [{"image_id": 1, "id": None, "caption": "x"}]},
+            "the id of an annotation must be a whole number, got None",
+        ),
         ("p.xlsx", "x", "must end in one of .txt, .csv, .json, .yaml, .yml"),
     ],
 )

@@ -14,7 +14,7 @@ def test_a_value_belongs_to_its_stamp(tmp_path):
         put("a", "2", [float("inf"), "\u2028é\n"])
     again = Results(tmp_path, "psnr")
     assert again.get("a", "2") == [float("inf"), "\u2028é\n"] == results.get("a", "2")
-    assert again.get("a", "1") is None and again.get("b", "2") is None
+    assert again.get("a", "1") == 0.1 and again.get("a", "3") is None and again.get("b", "2") is None
 
 
 def test_every_process_writes_a_file_of_its_own_and_reads_all(tmp_path):
@@ -24,6 +24,16 @@ def test_every_process_writes_a_file_of_its_own_and_reads_all(tmp_path):
     with Results(tmp_path, "psnr.x").writing() as put:
         put("k0", "", 9)
     assert [Results(tmp_path, "psnr", 1).get(f"k{rank}", "") for rank in range(3)] == [0, 1, 2]
+
+
+def test_files_of_more_processes_hide_nothing_newer(tmp_path):
+    """Two processes wrote, then one alone wrote anew of other pictures: its file is read before the old ones."""
+    for rank in range(2):
+        with Results(tmp_path, "psnr", rank).writing() as put:
+            put("a", "old", 1.0)
+    with Results(tmp_path, "psnr").writing() as put:
+        put("a", "new", 2.0)
+    assert [Results(tmp_path, "psnr").get("a", stamp) for stamp in ("old", "new")] == [1.0, 2.0]
 
 
 def test_a_line_per_value_even_after_an_error(tmp_path):

@@ -6,76 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.evaluate.judge.local import LocalJudge, load_processor
-from dirotq.dirotq_core.evaluate.judge.protocol import REMINDER, Message, judge_pair
+from dirotq.dirotq_core.evaluate.judge.protocol import REMINDER, JudgeError, Message, judge_pair
 
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<image>",
-    "FIRST",
-    "SECOND",
-    "TIE",
-    "maybe",
-    "image",
-    "the",
-    "USER",
-    "ASSISTANT",
-]
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }} "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }} "
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT {% endif %}"
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    """A LLaVA of 2 + 2 layers: a CLIP encoder of 9 patches a picture, and a Llama."""
-    folder = tmp_path_factory.mktemp("vlm")
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, additional_special_tokens=["<image>"],
-    )  # fmt: skip
-    size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
-    processor = LlavaProcessor(
-        CLIPImageProcessor(**size), tokenizer, patch_size=8, vision_feature_select_strategy="default",
-        chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, image_size=24, patch_size=8),
-        text_config=LlamaConfig(**small, vocab_size=len(WORDS), max_position_embeddings=512, pad_token_id=0,
-                                bos_token_id=1, eos_token_id=2),
-        image_token_index=4, image_token_id=4, vision_feature_layer=-1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.normal_(0, 0.5)
-    said = [WORDS.index(w) for w in ("FIRST", "SECOND", "TIE", "maybe")]
-    model.generation_config.suppress_tokens = [i for i in range(len(WORDS)) if i not in said]
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+from .stand_ins import VLM_WORDS
 
 
 def pair(seed=0, size=(40, 30)):
@@ -88,7 +24,7 @@ def test_it_answers_the_same_every_time(vlm):
     message = Message("user", ("First image:", pair()[0], "Second image:", pair()[1], "Which?"))
     replies = [judge([message]) for _ in range(2)]
     assert replies[0] == replies[1] and replies[0].strip()
-    assert set(replies[0].split()) <= set(WORDS)
+    assert set(replies[0].split()) <= set(VLM_WORDS)
 
 
 def test_it_sees_the_pictures_and_their_order(vlm, monkeypatch):
@@ -103,7 +39,7 @@ def test_it_sees_the_pictures_and_their_order(vlm, monkeypatch):
     first, second = (k["pixel_values"] for k in seen)
     assert first.shape == (2, 3, 24, 24) and first[0].mean() < 0 < first[1].mean()
     torch.testing.assert_close(first.flip(0), second)
-    assert (seen[0]["input_ids"] == WORDS.index("<image>")).sum() == 2 * 9
+    assert (seen[0]["input_ids"] == VLM_WORDS.index("<image>")).sum() == 2 * 9
     assert seen[0]["do_sample"] is False
 
 
@@ -119,6 +55,17 @@ def test_it_can_be_reminded(vlm):
     assert verdict.choice is None and verdict.replies == 3 and asked[1:] == [REMINDER, REMINDER]
 
 
+def test_a_model_that_cannot_answer_is_named(vlm, monkeypatch):
+    judge = LocalJudge(str(vlm), max_tokens=1, dtype=torch.float32)
+
+    def generate(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand how")
+
+    monkeypatch.setattr(judge.network, "generate", generate)
+    with pytest.raises(JudgeError, match=r"the judge '.*' failed: CUDA out of memory$"):
+        judge([Message("user", (*pair(), "Which?"))])
+
+
 def test_the_whole_command(vlm, pixart, four, tmp_path, capsys):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"id": p.id, "prompt": p.text} for p in four]))
@@ -130,7 +77,7 @@ def test_the_whole_command(vlm, pixart, four, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     lines = (tmp_path / "out" / "judge" / "hadamard" / "verdicts.0.jsonl").read_text().splitlines()
     verdicts = {key: value for key, _, value in map(json.loads, lines)}
-    assert len(verdicts) == 16 and all(v["reply"].strip() in WORDS[5:9] for v in verdicts.values())
+    assert len(verdicts) == 16 and all(v["reply"].strip() in VLM_WORDS[5:9] for v in verdicts.values())
     for question, entry in report["rows"][2]["judge"].items():
         mine = {key: v["choice"] for key, v in verdicts.items() if key.startswith(question)}
         assert entry["unread"] == sum(choice is None for choice in mine.values())

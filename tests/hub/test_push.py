@@ -10,6 +10,7 @@ import torch
 
 import dirotq
 from dirotq.dirotq_core.card import MARKER
+from dirotq.dirotq_core.card_metrics import evaluation_text
 from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.demo.embedded import MODELS, load_pipeline, prompts
 from dirotq.dirotq_core.hub_errors import HubError
@@ -188,6 +189,22 @@ def test_an_evaluation_is_in_the_card(hub, login, pipeline_folder, tmp_path):
     assert "Pictures of 128 prompts, 4-bit activations, against `bf16` with the same seeds" in card
     assert "| PSNR, dB | 41.23 (40.50 to 42.00) |" in card and "| SSIM | 0.988 (0.900 to 0.990) |" in card
     assert "| FID to the original | 3.46 |" in card and "Not measured" not in card
+
+
+def test_seeds_of_pictures_by_others_are_not_claimed(tmp_path):
+    """A mean of activation bits is shortened, and of the reference's pictures only the files are known."""
+    report = evaluated(tmp_path)
+    report["rows"][0]["kind"] = "images"
+    report["rows"][2]["activation_bits"] = 158 / 53
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    text = evaluation_text(tmp_path, tmp_path)
+    assert text.startswith("Pictures of 128 prompts, 2.98-bit activations, against `bf16`; mean and 95 % interval:")
+
+
+def test_what_means_nothing_is_in_no_card(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(evaluated(tmp_path, meaningless=["fid", "ssim", "judge"])))
+    text = evaluation_text(tmp_path, tmp_path)
+    assert "PSNR" in text and "FID" not in text and "SSIM" not in text
 
 
 @pytest.mark.parametrize(

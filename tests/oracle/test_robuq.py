@@ -207,6 +207,8 @@ def test_allocation_of_a_large_model_is_quick():
         (([{}], [1], 2), "needs layers and a choice"),
         (([{2: float("nan")}], [1], 2), "costs numbers"),
         (([{2: 1.0}], [0], 2), "at least 1"),
+        (([{1: float("inf")}], [1], 4), "no choice of bits with finite costs has an average of at most 4"),
+        (([{1: 0.1, 4: 0.2}, {1: float("inf"), 4: 0.1}], [1, 1], 2), "no choice of bits with finite costs"),
     ],
 )
 def test_allocation_refuses(arguments, message):

@@ -17,17 +17,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .protocol import Message
+from .protocol import JudgeError, Message, QuestionRefused
 
 #: The key, if the endpoint wants one, is read from here and written nowhere.
 KEY_VARIABLE = "DIROTQ_JUDGE_API_KEY"
 #: Statuses after which the same request may succeed.
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+#: Statuses that may be about this one question: a content filter, or pictures that are too large.
+OF_A_QUESTION = (400, 413, 422)
 LONGEST_PAUSE = 60.0
-
-
-class JudgeError(RuntimeError):
-    """The endpoint refused, or did not answer after all tries."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -75,7 +73,7 @@ class Endpoint:
         return {"model": self.model, "url": self.url, "max_tokens": self.max_tokens}
 
     def __call__(self, messages: Sequence[Message]) -> str:
-        """The reply. JudgeError if there is none."""
+        """The reply. JudgeError if there is none, QuestionRefused if another question may have one."""
         body = {
             "model": self.model,
             "messages": [_message(m) for m in messages],
@@ -93,7 +91,8 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 problem, asked = _explain(error), error.headers.get("Retry-After")
                 if error.code not in PASSING:
-                    raise JudgeError(f"the judge at {self.url} refused: {problem}") from error
+                    kind = QuestionRefused if error.code in OF_A_QUESTION else JudgeError
+                    raise kind(f"the judge at {self.url} refused: {problem}") from error
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem, asked = f"{type(error).__name__}: {str(error)[:200]}", None
         raise JudgeError(f"the judge at {self.url} failed {self.tries} times, at last with {problem}")

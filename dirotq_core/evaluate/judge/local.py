@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .protocol import Message
+from .protocol import JudgeError, Message
 
 #: The judge if none is named: open weights (Apache-2.0), several images in one question.
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -57,8 +57,16 @@ class LocalJudge:
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    @torch.no_grad()
     def __call__(self, messages: Sequence[Message]) -> str:
+        """The reply. JudgeError if the model cannot make one of these messages."""
+        try:
+            return self._reply(messages)
+        except (RuntimeError, ValueError) as error:  # out of memory, and what templates and processors refuse
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise JudgeError(f"the judge {self.identity['model']!r} failed: {reason}") from error
+
+    @torch.no_grad()
+    def _reply(self, messages: Sequence[Message]) -> str:
         inputs = self.processor.apply_chat_template(
             [_message(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",

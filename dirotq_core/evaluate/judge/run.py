@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,21 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ...engine.dist import World
 from ..images import ImageSet
 from ..prompt_sets import Prompt
 from ..store import Results
-from .protocol import ORDERS, QUESTIONS, VERSION, Verdict, judge_pair
+from .protocol import ORDERS, QUESTIONS, VERSION, JudgeError, Verdict, judge_pair
+
+logger = logging.getLogger(__name__)
+
+#: Questions that a process asks before a judge that has refused every one of them counts as failed.
+HOPELESS = 40
+#: Side of the pictures that a judge is tried with.
+TRIAL = 64
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,20 @@ class Docket:
         return f"{self.images.stamp(key)} {self.reference.stamp(key)} {text} {self._judge}"
 
     def verdict(self, task: Task) -> str | None:
-        """The choice; None if the replies could not be read. KeyError if the pair was not judged."""
-        found = self.results.get(task.key, self.stamp(task))
+        """The choice; None if the judge was asked and gave none. ValueError if the pair was not judged."""
+        found = self._known(task)
         if found is None:
-            raise KeyError(task.key)
+            raise ValueError(f"{self.results.folder} has no verdict about {task.key!r}; was a picture changed?")
         return found["choice"]
 
     def missing(self, everything: Sequence[Task]) -> list[Task]:
-        return [t for t in everything if self.results.get(t.key, self.stamp(t)) is None]
+        """What is to be asked: what was not, and all refused questions where nothing else was answered."""
+        known = {t: self._known(t) for t in everything}
+        answered = any(v is not None and not v["refused"] for v in known.values())
+        return [t for t, verdict in known.items() if verdict is None or (verdict["refused"] and not answered)]
+
+    def _known(self, task: Task) -> dict[str, Any] | None:
+        return self.results.get(task.key, self.stamp(task))
 
     def ask(self, judge: Any, task: Task) -> Verdict:
         pair = self.reference.load(task.prompt.id), self.images.load(task.prompt.id)
@@ -72,9 +87,27 @@ class Docket:
         return judge_pair(judge, task.question, first, second, task.prompt.text)
 
     def run(self, judge: Any, everything: Sequence[Task], world: World, parallel: int, progress: bool) -> None:
-        """Have every process judge its share of what is missing, `parallel` questions at a time."""
-        todo = world.mine(world.share(self.missing(everything)))
-        unread = 0
+        """Have every process judge its share of what is missing, `parallel` questions at a time.
+
+        Raises:
+            JudgeError: in every process, if the judge failed in one of them or refused whatever it was asked.
+        """
+        missing = self.missing(everything)
+        known = len(missing) < len(everything)
+        todo = world.mine(world.share(missing))
+        problem: str | None = None
+        try:
+            self._run(judge, todo, parallel, progress, known)
+        except JudgeError as error:
+            problem = str(error)
+        # Told to all: the others would wait for one that has failed, and it has reports to write.
+        problems = world.gather([problem], [[rank] for rank in range(world.size)])
+        problem = next(filter(None, problems), None)
+        if problem is not None:
+            raise JudgeError(problem)
+
+    def _run(self, judge: Any, todo: Sequence[Task], parallel: int, progress: bool, known: bool) -> None:
+        unread, refused = 0, 0
         with (
             self.results.writing() as put,
             tqdm(total=len(todo), desc=f"judging {self.images.name}", unit="question", disable=not progress) as bar,
@@ -82,9 +115,31 @@ class Docket:
             for task, verdict in _answers(self, judge, todo, parallel):
                 put(task.key, self.stamp(task), vars(verdict))
                 unread += verdict.choice is None
+                refused += verdict.refused
+                known = known or not verdict.refused
+                if refused >= HOPELESS and not known:
+                    raise JudgeError(f"the judge refused the first {refused} questions; {verdict.reply}")
                 bar.set_postfix(unread=unread)
                 bar.update()
-        world.wait()
+
+    def check(self, everything: Sequence[Task]) -> None:
+        """JudgeError if all questions were refused."""
+        if everything and (left := self.missing(everything)):
+            why = (self._known(left[0]) or {}).get("reply", "")
+            raise JudgeError(f"the judge refused all {len(everything)} questions about {self.images.name!r}; {why}")
+
+
+def try_judge(judge: Any) -> None:
+    """Ask a question about two tiny pictures, so that hours of drawing do not end at a judge that cannot answer.
+
+    JudgeError if it does not answer; what it says does not matter.
+    """
+    grey, white = (np.full((TRIAL, TRIAL, 3), level, np.uint8) for level in (128, 255))
+    verdict = judge_pair(judge, next(iter(QUESTIONS)), grey, white, "")
+    if verdict.refused:
+        raise JudgeError(f"a question with two small pictures on trial: {verdict.reply}")
+    if verdict.choice is None:
+        logger.warning("the judge's reply on trial could not be read: %.200r", verdict.reply)
 
 
 def _answers(docket: Docket, judge: Any, todo: Sequence[Task], parallel: int) -> Iterator[tuple[Task, Verdict]]:

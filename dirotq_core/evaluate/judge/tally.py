@@ -23,14 +23,14 @@ class Tally:
         won, lost: shares of prompts where it is so in both orders. tied: the other ones.
         agreement: share of prompts judged alike in both orders.
         first: share of FIRST among verdicts that are no tie, 0.5 for a judge without a habit; None if all are ties.
-        judged: how many prompts. unread: replies that could not be read, of all.
+        judged: how many prompts; without any, the others are None. unread: questions without a verdict, of all.
     """
 
     preference: Interval | None
-    won: float
-    tied: float
-    lost: float
-    agreement: float
+    won: float | None
+    tied: float | None
+    lost: float | None
+    agreement: float | None
     first: float | None
     judged: int
     unread: int
@@ -55,16 +55,16 @@ def tally(pairs: Sequence[Pair], resamples: int) -> Tally:
     read = signed[~np.isnan(signed).any(axis=1)]
     unread = int(np.isnan(signed).sum())
     if not len(read):
-        return Tally(None, 0.0, 0.0, 0.0, 0.0, None, 0, unread)
+        return Tally(None, None, None, None, None, None, 0, unread)
     mean = read.mean(axis=1)
     same = read[:, 0] == read[:, 1]
-    won, lost = (float(np.mean((read == sign).all(axis=1))) for sign in (1.0, -1.0))
+    won, lost = ((read == sign).all(axis=1) for sign in (1.0, -1.0))
     choices = [c for p in pairs for c in p if c not in (None, TIE)]
     return Tally(
         preference=intervals(mean[:, None], resamples)[0],
-        won=won,
-        tied=1.0 - won - lost,
-        lost=lost,
+        won=float(np.mean(won)),
+        tied=float(np.mean(~(won | lost))),
+        lost=float(np.mean(lost)),
         agreement=float(np.mean(same)),
         first=choices.count(FIRST) / len(choices) if choices else None,
         judged=len(read),
