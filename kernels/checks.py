@@ -17,13 +17,16 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 def _shape(name: str, tensor: Tensor, *expected: int | str) -> None:
     """`expected` holds a size, or a letter that stands for any."""
-    fits = tensor.ndim == len(expected)
-    if fits:  # a plain loop: this runs a dozen times per op
-        for size, want in zip(tensor.shape, expected, strict=True):
+    shape = tensor.shape
+    if shape == expected:  # told at once: this runs a dozen times per op
+        return
+    fits = len(shape) == len(expected)
+    if fits:
+        for size, want in zip(shape, expected, strict=True):
             if type(want) is not str and size != want:
                 fits = False
     if not fits:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
+        raise ValueError(f"{name} has shape {list(shape)}; expected [{', '.join(map(str, expected))}]")
 
 
 def _dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
@@ -32,8 +35,9 @@ def _dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
 
 
 def _device(first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    device = tensor.device
     for name, other in others.items():
-        if other is not None and other.device != tensor.device:
+        if other is not None and other.device != device:
             raise ValueError(f"{name} is on {other.device}, {first} on {tensor.device}; one device is needed")
 
 
@@ -66,6 +70,10 @@ def quantization(mode: str) -> None:
 def weights(k: int, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int]) -> None:
     _shape("weight", weight, "N", k // 2)
     branch(weight, low_rank, bias)
+    lattice(table)
+
+
+def lattice(table: Sequence[int]) -> None:
     if len(table) != 16 or min(table) < -127 or max(table) > 127:
         raise ValueError(f"table is {list(table)}; 16 integers in [-127, 127] are needed")
 
@@ -120,16 +128,30 @@ def linear_a8(
     table: Sequence[int],
     out_dtype: torch.dtype,
 ) -> None:
+    _quantized_input(codes, scale, z, table, out_dtype)
+    _quantized_weight(codes, z, weight, weight_scale, low_rank, bias)
+
+
+def _quantized_input(
+    codes: Tensor, scale: Tensor, z: Tensor | None, table: Sequence[int], out_dtype: torch.dtype
+) -> None:
     _shape("codes", codes, "M", "K")
     _dtype("codes", codes, torch.int8)
     _columns("codes", codes.shape[1])
     _shape("scale", scale, codes.shape[0])
     _dtype("scale", scale, torch.float32)
-    weights(codes.shape[1], weight, low_rank, bias, table)
-    row_scale(weight, weight_scale)
-    low_rank_input(codes.shape[0], z, low_rank)
+    lattice(table)
     output_dtype(out_dtype)
     _device("codes", codes, scale=scale, z=z)
+
+
+def _quantized_weight(
+    codes: Tensor, z: Tensor | None, weight: Tensor, weight_scale: Tensor, low_rank: Tensor | None, bias: Tensor | None
+) -> None:
+    _shape("weight", weight, "N", codes.shape[1] // 2)
+    branch(weight, low_rank, bias)
+    row_scale(weight, weight_scale)
+    low_rank_input(codes.shape[0], z, low_rank)
     _device("codes", codes, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
 
 
@@ -149,9 +171,10 @@ def linear_a8_siblings(
     for name, own in (("weight_scales", weight_scales), ("low_ranks", low_ranks), ("biases", biases)):
         if len(own) != len(weights) and (own or name == "weight_scales"):
             raise ValueError(f"{name} has {len(own)} tensors for {len(weights)} weights")
+    _quantized_input(codes, scale, z, table, out_dtype)
     for i, weight in enumerate(weights):
         low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
-        linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype)
+        _quantized_weight(codes, z, weight, weight_scales[i], low_rank, bias)
 
 
 def linear_a16(

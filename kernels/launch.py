@@ -13,7 +13,7 @@ from torch import Tensor
 # A product and a sum are rounded apart, as in the reference: no fused multiply-add.
 OPTIONS = {"enable_fp_fusion": False}
 
-_variants: dict[tuple, tuple[Any, list]] = {}
+_variants: dict[tuple, tuple[Any, list, Any]] = {}  # the kernel comes last: its id must stay its own
 _MOST_VARIANTS = 10_000  # every number of tokens makes new ones; Triton keeps what it compiled itself
 
 
@@ -28,7 +28,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     args: the run-time arguments, in order: tensors, descriptors of tensors, integers, floats. constants: the
     compile-time ones, which come after them in the kernel's signature, and launch options.
     """
-    decides: list[Any] = [kernel, torch.cuda.current_device() if torch.cuda.is_initialized() else -1]
+    decides: list[Any] = [id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else -1]
     for arg in args:
         if isinstance(arg, Tensor):
             decides += (arg.dtype, arg.data_ptr() % 16 == 0)
@@ -46,4 +46,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if len(_variants) >= _MOST_VARIANTS:
         _variants.clear()
     if compiled is not None:  # Triton's interpreter compiles nothing
-        _variants[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+        _variants[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]], kernel
