@@ -37,9 +37,10 @@ from .hub import teach_pushing
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .methods import method
+from .offloading import check_readable, check_ungrouped
 from .peft_habits import forget_merging, teach_peft
 from .report import QuantizationReport
-from .saving import save_beside
+from .saving import check_pipelines, save_beside
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return 2 if self.pre_quantized else 4
 
     def _dequantize(self, model: Any) -> Any:
+        for check in (check_readable, check_ungrouped):
+            check(model, "dequantized")
         dequantize_linears(model, model.dtype)
         # The base class forgets the quantizer but not this; the next save would claim to be quantized.
         model._internal_dict = type(model._internal_dict)(
@@ -315,6 +318,7 @@ def _finish(model: Any) -> None:
     count_as_dense()
     move_in_own_dtype()
     save_beside()
+    check_pipelines()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         from .flux_attention import use_fused_attention  # its classes are diffusers' FLUX.1 ones
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
+
+from .offloading import check_readable
 
 #: Of the folder, inside the checkpoint's, that is written first.
 PREFIX = ".dirotq-saving-"
@@ -56,8 +59,31 @@ def save_beside() -> None:
     ModelMixin.save_pretrained = save  # type: ignore[method-assign]
 
 
+def check_pipelines() -> None:
+    """Let `save_pretrained` of a pipeline refuse what its transformer would, before a folder or repository is made.
+
+    Idempotent.
+    """
+    original = DiffusionPipeline.save_pretrained
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        for part in self.components.values():
+            if getattr(part, "quantization_method", None) == "dirotq" and isinstance(part, ModelMixin):
+                check_savable(part, given.get("safe_serialization", True))
+        return original(self, *args, **kwargs)
+
+    save.knows_dirotq = True  # type: ignore[attr-defined]
+    DiffusionPipeline.save_pretrained = save  # type: ignore[method-assign]
+
+
 def check_savable(model: nn.Module, safe_serialization: bool, use_flashpack: bool = False) -> None:
-    """Raise ValueError for what must not be saved: not as safetensors, or with a LoRA loaded or absorbed."""
+    """Raise ValueError for what must not be saved: not as safetensors, offloaded, or with a LoRA loaded or absorbed."""
     for said, other in (
         (f"safe_serialization={safe_serialization}", not safe_serialization),
         (f"use_flashpack={use_flashpack}", use_flashpack),  # which casts every tensor to one dtype
@@ -72,6 +98,7 @@ def check_savable(model: nn.Module, safe_serialization: bool, use_flashpack: boo
             "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
             "model and the LoRA stay two files"
         )
+    check_readable(model, "saved")
 
 
 def _replace(target: Path, work: Path) -> None:
