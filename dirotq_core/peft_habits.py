@@ -15,19 +15,23 @@ from .linear import DiRotQLinear, in_offload_group
 BEFORE = "dirotq_before_merging"
 
 
-def teach_peft(model: nn.Module) -> None:
-    """Let PEFT's `merge` and `unmerge`, and so `fuse_lora` and `unfuse_lora`, work on a quantized `model`.
+def teach_peft() -> None:
+    """Let PEFT's `merge` and `unmerge`, and so `fuse_lora` and `unfuse_lora`, work on quantized models.
 
     PEFT adds B A to a weight, which is packed here, and subtracts it again, which in 16 bit leaves another weight. So
     quantized linears absorb and release, and the few dense ones keep what they were. Idempotent.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
-            module.__dict__.setdefault(BEFORE, None)
     _teach_checks()
     _teach_lora()
     _teach_dora()
     _teach_lycoris()
+
+
+def remember_merging(model: nn.Module) -> None:
+    """Mark the dense linears of a quantized `model`, of which merging must be undone bit for bit. Idempotent."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
+            module.__dict__.setdefault(BEFORE, None)
 
 
 def forget_merging(model: nn.Module) -> None:

@@ -288,3 +288,43 @@ def test_without_triton_everything_imports_and_runs(flux_case):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# --- pickles ------------------------------------------------------------------------------------------------------
+
+#: Unpickles a model where nothing was made or loaded, and does what diffusers refuses or miscounts if not taught.
+UNPICKLED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+print(model.num_parameters())
+model.to("cpu", torch.bfloat16)
+lora = torch.load(sys.argv[2])
+from diffusers import FluxPipeline
+pipe = FluxPipeline(None, None, None, None, None, None, model)
+pipe.load_lora_weights(lora)
+pipe.fuse_lora()
+try:
+    model.save_pretrained(sys.argv[3])
+except ValueError as error:
+    print(error)
+pipe.unfuse_lora()
+pipe.unload_lora_weights()
+model.save_pretrained(sys.argv[3])
+"""
+
+
+def test_a_model_unpickled_in_a_new_process(flux_case, tmp_path):
+    pytest.importorskip("peft")
+    model = flux_case.load()
+    torch.save(model, tmp_path / "model.pt")
+    name, (n, k) = "transformer.transformer_blocks.0.attn.to_q", (model.inner_dim, model.inner_dim)
+    torch.save(
+        {f"{name}.lora_A.weight": torch.ones(4, k), f"{name}.lora_B.weight": torch.ones(n, 4)}, tmp_path / "lora"
+    )
+    paths = [str(tmp_path / p) for p in ("model.pt", "lora", "saved")]
+    done = subprocess.run([sys.executable, "-c", UNPICKLED, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, refused = done.stdout.splitlines()
+    assert int(count) == model.num_parameters() and "a LoRA is loaded" in refused
+    model.save_pretrained(tmp_path / "here")
+    assert files_of(tmp_path / "saved") == files_of(tmp_path / "here")
