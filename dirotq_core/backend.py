@@ -34,6 +34,7 @@ from .methods import method
 from .offloading import check_readable, check_ungrouped
 from .peft_habits import forget_merging, remember_merging
 from .report import QuantizationReport
+from .single_file.refuse import refuse_quantized
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
@@ -112,15 +113,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if self._single_file and any(
-            name.endswith(".weight_scale") and state_dict[name.removesuffix("_scale")].dtype == torch.uint8
-            for name in state_dict
-            if name.removesuffix("_scale") in state_dict
-        ):
-            raise CheckpointError(
-                "the file is part of a dirotq checkpoint, which needs its config.json: load the folder with "
-                "from_pretrained, without a quantization_config"
-            )
+        if self._single_file:
+            refuse_quantized(state_dict)  # a dictionary of tensors; a file has been looked at when it was read
         return state_dict
 
     def _process_model_before_weight_loading(
