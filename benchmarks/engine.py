@@ -24,10 +24,10 @@ import torch
 
 import dirotq
 from dirotq.dirotq_core.demo.embedded import MODELS
-from dirotq.dirotq_core.engine.shards import SHARD_BYTES
 from dirotq.dirotq_core.inspect import skeleton
 from dirotq.dirotq_core.prompts import BUILT_IN_PROMPTS, read_prompts
 from dirotq.dirotq_core.safetensors_file import write_safetensors
+from dirotq.dirotq_core.shards import SHARD_BYTES
 
 #: Shape → embedded model that lends the other parts, the transformer's configuration, and the call.
 SHAPES = {

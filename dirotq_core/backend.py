@@ -21,26 +21,20 @@ from diffusers.utils import is_peft_available
 from torch import nn
 
 from .activations import ACTIVATION_FORMATS
+from .adaptations import teach_libraries
 from .architectures import SUPPORTED, recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
-from .diffusers_habits import (
-    count_as_dense,
-    ignore_fusing,
-    move_in_own_dtype,
-    stop_ignoring_fusing,
-    teach_flux_loras,
-)
+from .diffusers_habits import ignore_fusing, stop_ignoring_fusing
 from .files import check_files, check_headers, read_headers
-from .hub import teach_pushing
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .methods import method
-from .peft_habits import forget_merging, teach_peft
-from .pipeline_habits import cast_all_or_nothing
+from .offloading import check_readable, check_ungrouped
+from .peft_habits import forget_merging, remember_merging
 from .report import QuantizationReport
-from .saving import save_beside
+from .single_file.refuse import refuse_quantized
 from .solve import solve_site
 
 logger = logging.getLogger(__name__)
@@ -119,15 +113,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if self._single_file and any(
-            name.endswith(".weight_scale") and state_dict[name.removesuffix("_scale")].dtype == torch.uint8
-            for name in state_dict
-            if name.removesuffix("_scale") in state_dict
-        ):
-            raise CheckpointError(
-                "the file is part of a dirotq checkpoint, which needs its config.json: load the folder with "
-                "from_pretrained, without a quantization_config"
-            )
+        if self._single_file:
+            refuse_quantized(state_dict)  # a dictionary of tensors; a file has been looked at when it was read
         return state_dict
 
     def _process_model_before_weight_loading(
@@ -259,6 +246,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
         return 2 if self.pre_quantized else 4
 
     def _dequantize(self, model: Any) -> Any:
+        for check in (check_readable, check_ungrouped):
+            check(model, "dequantized")
         dequantize_linears(model, model.dtype)
         # The base class forgets the quantizer but not this; the next save would claim to be quantized.
         model._internal_dict = type(model._internal_dict)(
@@ -313,18 +302,13 @@ def _finish(model: Any) -> None:
     names = tuple(n.replace(".", r"\.") for n in quantized_linears(model))
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
-    count_as_dense()
-    move_in_own_dtype()
-    cast_all_or_nothing()
-    save_beside()
+    teach_libraries()
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
         from .flux_attention import use_fused_attention  # its classes are diffusers' FLUX.1 ones
 
-        teach_flux_loras()
         use_fused_attention(model)
     if is_peft_available():
-        teach_peft(model)
-    teach_pushing()
+        remember_merging(model)
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
         _hint_at_eight_bits()

@@ -79,6 +79,22 @@ def _named_base(metadata: dict[str, Any]) -> str | None:
     return base if isinstance(base, str) and metadata.get("base_model_relation") == "quantized" else None
 
 
+def named_id(name: str) -> str:
+    """The Hub id that a user means with `name`: itself, or that in the address of its page. ValueError for others."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    wanted = name.strip()
+    if address := re.match(r"(?:https?://[^/]+|hf\.co|huggingface\.co)/(.*)", wanted):
+        parts = [p for p in re.split(r"[?#]", address[1])[0].split("/") if p]
+        wanted = "/".join(parts[:2]) if len(parts) <= 2 or parts[2] in ("tree", "blob", "resolve") else ""
+    try:
+        validate_repo_id(wanted)
+    except HFValidationError as error:
+        raise ValueError(f"base model {name!r} is no Hub id; it must look like 'owner/name'") from error
+    return wanted
+
+
 def look_up(name: str | None, token: str | bool | None = None) -> BaseModel:
     """What the Hub says of the model called `name`, or of its own base if that is a quantized model.
 

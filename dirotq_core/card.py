@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -10,7 +11,7 @@ from typing import Any
 
 from .base_model import CARD_NAME, BaseModel
 from .card_metrics import evaluation_text
-from .files import read_json
+from .files import WEIGHTS_NAME, read_json
 from .inspect import Inspection, LinearRow, bits_text, inspect_checkpoint
 from .methods import method
 
@@ -151,15 +152,27 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def _variant(transformer: Path) -> str | None:
+    """The variant that `from_pretrained` must be given for the weights in this folder; None without."""
+    if any((transformer / file).is_file() for file in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json")):
+        return None
+    stem, _, suffix = WEIGHTS_NAME.rpartition(".")
+    pattern = re.compile(rf"{stem}\.([\w.-]+?)(-\d{{5}}-of-\d{{5}})?\.{suffix}")
+    found = {m[1] for file in transformer.iterdir() if (m := pattern.fullmatch(file.name))}
+    return found.pop() if len(found) == 1 else None
+
+
 def _diffusers(found: Inspection, base: BaseModel, pipeline: str | None, name: str) -> str:
+    variant = _variant(found.folder)
+    arguments = f'"{name}", ' + (f'variant="{variant}", ' if variant else "") + "torch_dtype=torch.bfloat16"
     if pipeline:
-        load = f'pipe = {pipeline}.from_pretrained("{name}", torch_dtype=torch.bfloat16).to("cuda")'
+        load = f'pipe = {pipeline}.from_pretrained({arguments}).to("cuda")'
         imports = f"from diffusers import {pipeline}"
     else:
         outer = PIPELINES[found.model_class]
         imports = f"from diffusers import {', '.join(sorted([outer, found.model_class]))}"
         load = (
-            f'transformer = {found.model_class}.from_pretrained("{name}", torch_dtype=torch.bfloat16)\n'
+            f"transformer = {found.model_class}.from_pretrained({arguments})\n"
             f'pipe = {outer}.from_pretrained("{base.name or "the base model"}", transformer=transformer, '
             'torch_dtype=torch.bfloat16)\npipe.to("cuda")'
         )

@@ -44,11 +44,11 @@ def add_parsers(commands: Any) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from .base_model import look_up
+    from .base_model import look_up, named_id
     from .card import write_card
     from .hub import base_of_files
 
-    base = look_up(args.base_model or base_of_files(args.path))
+    base = look_up(named_id(args.base_model) if args.base_model else base_of_files(args.path))
     written = write_card(args.path, base, args.repo_id, evaluation=args.evaluation)
     print(written or f"{args.path / 'README.md'} is yours and stays as it is")
 

@@ -43,12 +43,13 @@ class TensorEntry:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; CheckpointError names the file if it holds anything else."""
     try:
-        return _json_object(file.read_bytes())
+        return json_object(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{file} {error}") from error
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`; ValueError says what it is instead, or which name stands in it twice."""
     try:
         # safetensors pads its header with spaces, which JSON allows.
         body = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -79,7 +80,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
         names = sorted(set(weight_map.values()))
         for name in names:
-            if not _is_plain(name):
+            if not is_plain(name):
                 raise CheckpointError(f"{index} names {name[:100]!r}, which is no .safetensors file of its own folder")
         files = [folder / name for name in names]
     elif (folder / WEIGHTS_NAME).is_file():
@@ -94,7 +95,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """Whether it names a safetensors file without a way out of the folder, on any system. Links are not looked at: the
     Hub's cache consists of them, and a file's content makes none."""
     return name.endswith(".safetensors") and name.isprintable() and not any(c in name for c in "/\\:")
@@ -120,7 +121,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
                 f"{file} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
             )
         try:
-            header = _json_object(f.read(length))
+            header = json_object(f.read(length))
         except ValueError as error:
             raise CheckpointError(f"{file}: its header {error}") from error
     metadata = header.pop("__metadata__", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .base_model import CARD_NAME, BaseModel, base_of, look_up
+from .base_model import CARD_NAME, BaseModel, base_of, look_up, named_id
 from .card import card_text, is_users, is_users_text, write_card
 from .card_metrics import evaluation_text
 from .checkpoint import CheckpointError
@@ -51,7 +52,7 @@ def push(
 
     Raises:
         CheckpointError: `path` holds no DiRotQ checkpoint. HubError: the Hub refused; one sentence.
-        ValueError: a card's metadata is no YAML.
+        ValueError: a card's metadata is no YAML, or `gated` or `base_model` is no such thing.
     """
     from huggingface_hub import HfApi
 
@@ -61,9 +62,13 @@ def push(
     inspect_checkpoint(path)  # before anything is made on the Hub
     if evaluation is not None:
         evaluation_text(evaluation, path)
+    if gated not in (None, False, "auto", "manual"):
+        raise ValueError(f"gated must be 'auto', 'manual', False or None, got {gated!r}")
     api = HfApi(token=token)
-    base = look_up(base_model or base_of_files(path), token)
+    base = look_up(named_id(base_model) if base_model else base_of_files(path), token)
     with writing(repo_id):
+        if revision not in (None, "main"):
+            _check_branch(api, repo_id, str(revision))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         respect_gate(api, repo_id, base, gated)
         readme = None if _users_card(api, path, repo_id, revision) else card_text(path, base, repo_id, None, evaluation)
@@ -83,6 +88,21 @@ def push(
                 folder_path=staged, commit_message=message, ignore_patterns=list(_IGNORED), **upload
             )  # fmt: skip
     return str((info.pr_url if create_pr else None) or info.commit_url)
+
+
+def _check_branch(api: Any, repo_id: str, revision: str) -> None:
+    """HubError if a push to `revision` would fail, which would leave a new repository behind."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    whole = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+    try:
+        api.model_info(whole, revision=revision)
+    except RepositoryNotFoundError as error:
+        if getattr(error.response, "status_code", None) == 401:
+            raise
+        raise HubError(
+            f"{whole!r} does not exist, so it has no branch {revision!r}; push to main, or create both first"
+        ) from error
 
 
 def _link(item: Path, target: Path) -> None:
@@ -167,6 +187,7 @@ def teach_pushing() -> None:
     if getattr(PushToHubMixin.push_to_hub, "knows_dirotq", False):
         return
     push_original, upload_original = PushToHubMixin.push_to_hub, PushToHubMixin._upload_folder
+    signature = inspect.signature(push_original)
 
     @functools.wraps(push_original)
     def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +195,8 @@ def teach_pushing() -> None:
         if model is None:
             return push_original(self, repo_id, *args, **kwargs)
         # diffusers makes the repository before it saves: what cannot be saved is refused first.
-        check_savable(model, kwargs.get("safe_serialization", True))
+        given = signature.bind(self, repo_id, *args, **kwargs).arguments
+        check_savable(model, given.get("safe_serialization", True))
         with writing(repo_id):
             return push_original(self, repo_id, *args, **kwargs)
 

@@ -13,7 +13,7 @@ from .checkpoint import CheckpointError, checkpoint_tensors
 from .config import DiRotQConfig
 from .files import TensorEntry, check_headers, checkpoint_files, read_headers, read_json
 from .layout import SitePlan, average_activation_bits, plan_sites
-from .report import QuantizationReport
+from .report import REPORT_NAME, QuantizationReport
 
 #: Bounds on a configuration, far above any model's. Values of the table of positions: 1 GiB in float64.
 MAX_LAYERS, MAX_SIZE, MAX_POSITIONS = 128, 2**20, 2**27
@@ -100,7 +100,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     config, plans, model = sites_of(raw, file)
     entries = read_headers(checkpoint_files(folder))
     check_headers(entries, checkpoint_tensors(model, plans))
-    report = _report(folder)
+    where = report_folder(folder)
+    report = QuantizationReport.load(where) if where else None
     known = {r.name: r.output_db for r in report.linears} if report else {}
     rows = [row for plan in plans for row in _rows(plan, config, entries, known)]
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,13 +124,13 @@ def sites_of(raw: dict[str, Any], where: Path) -> tuple[DiRotQConfig, list[SiteP
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _report(folder: Path) -> QuantizationReport | None:
-    """The report beside the transformer, or beside the pipeline that it is part of."""
-    found = QuantizationReport.load(folder)
+def report_folder(folder: Path) -> Path | None:
+    """Where the report of a transformer is: beside it, or beside the pipeline that it is part of; None without one."""
+    if (folder / REPORT_NAME).is_file():
+        return folder
     folder = folder.resolve()
-    if found is None and folder.name == "transformer" and (folder.parent / "model_index.json").is_file():
-        found = QuantizationReport.load(folder.parent)
-    return found
+    beside = folder.name == "transformer" and (folder.parent / "model_index.json").is_file()
+    return folder.parent if beside and (folder.parent / REPORT_NAME).is_file() else None
 
 
 def skeleton(raw: dict) -> Any:

@@ -319,6 +319,13 @@ class DiRotQLinear(_PinnedDtypes, nn.Linear):
         self.index = index
         site.members.append(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A model from torch.load in a new process: nothing that makes or loads one has run there.
+        from .adaptations import teach_libraries
+
+        teach_libraries()
+
     @property
     def site(self) -> InputSite:
         own = self._modules.get("input_site")

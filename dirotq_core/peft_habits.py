@@ -15,20 +15,20 @@ from .linear import DiRotQLinear, in_offload_group
 BEFORE = "dirotq_before_merging"
 
 
-def teach_peft(model: nn.Module) -> None:
-    """Let PEFT's `merge` and `unmerge`, and so `fuse_lora` and `unfuse_lora`, work on a quantized `model`.
+def teach_peft() -> None:
+    """Let PEFT's `merge` and `unmerge`, and so `fuse_lora` and `unfuse_lora`, work on quantized models.
 
     PEFT adds B A to a weight, which is packed here, and subtracts it again, which in 16 bit leaves another weight. So
     quantized linears absorb and release, and the few dense ones keep what they were. Idempotent.
     """
-    _mark_dense(model)
     _teach_checks()
     _teach_lora()
     _teach_dora()
     _teach_others()
 
 
-def _mark_dense(model: nn.Module) -> None:
+def remember_merging(model: nn.Module) -> None:
+    """Mark the dense linears of a quantized `model`, of which merging must be undone bit for bit. Idempotent."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and not isinstance(module, DiRotQLinear):
             module.__dict__.setdefault(BEFORE, None)
@@ -175,7 +175,7 @@ def _refuse_groups(model: nn.Module) -> None:
 def _check_all(model: nn.Module, names: list[str] | None) -> None:
     _refuse_groups(model)
     if any(isinstance(m, DiRotQLinear) for m in model.modules()):
-        _mark_dense(model)  # again: a Control LoRA puts a wider layer in the place of the embedder
+        remember_merging(model)  # again: a Control LoRA puts a wider layer in the place of the embedder
     for layer in model.modules():
         base = getattr(layer, "base_layer", None)
         if isinstance(base, DiRotQLinear):

@@ -1,7 +1,8 @@
 """Registration with diffusers, without importing it.
 
 diffusers' quantizer tables are dictionaries in `diffusers.quantizers.auto`, a module that pulls in transformers. So
-importing dirotq only leaves a note for the import system: when that module is loaded, add our row.
+importing dirotq only leaves a note for the import system: when that module is loaded, add our row. The same for the
+module that reads single files.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -16,19 +18,31 @@ from typing import Any
 
 METHOD = "dirotq"
 TABLES = "diffusers.quantizers.auto"
+SINGLE_FILES = "diffusers.loaders.single_file_utils"
+LOAD = "load_single_file_checkpoint"
 
 
 def register() -> None:
-    """Make diffusers know ``quant_method="dirotq"``, now or as soon as its tables are loaded. Idempotent."""
-    if TABLES in sys.modules and hasattr(sys.modules[TABLES], "AUTO_QUANTIZER_MAPPING"):
-        _add_rows(sys.modules[TABLES])
-    elif not any(isinstance(f, _Finder) for f in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Make diffusers know ``quant_method="dirotq"``, now or as soon as its modules are loaded. Idempotent."""
+    actions = {TABLES: ("AUTO_QUANTIZER_MAPPING", _add_rows), SINGLE_FILES: (LOAD, _look_at_single_files)}
+    waiting = {}
+    for name, (last, action) in actions.items():
+        if hasattr(sys.modules.get(name), last):  # else it is not loaded, or not to its end
+            action(sys.modules[name])
+        else:
+            waiting[name] = action
+    if waiting and not any(isinstance(f, _Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
 
 
 class _Finder(MetaPathFinder):
+    """waiting: module → what to do with it when it is loaded."""
+
+    def __init__(self, waiting: dict[str, Callable[[ModuleType], None]]):
+        self.waiting = waiting
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != TABLES:
+        if fullname not in self.waiting:
             return None
         sys.meta_path.remove(self)
         try:
@@ -36,24 +50,48 @@ class _Finder(MetaPathFinder):
         finally:
             sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, inner: Loader):
-        self._inner = inner
+    def __init__(self, inner: Loader, finder: _Finder):
+        self._inner, self._finder = inner, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Finder)]  # not before: imports can fail
-        _add_rows(module)
+        action = self._finder.waiting.pop(module.__name__, None)  # not before: imports can fail
+        if not self._finder.waiting and self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        if action is not None:
+            action(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+def _look_at_single_files(utils: ModuleType) -> None:
+    """Let `from_single_file` say what a file of ours is; diffusers would convert it to a model of its own first."""
+    original = getattr(utils, LOAD)
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def load(path: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = original(path, *args, **kwargs)
+        from .single_file.refuse import refuse_quantized
+
+        refuse_quantized(tensors, str(path))
+        return tensors
+
+    load.knows_dirotq = True  # type: ignore[attr-defined]
+    setattr(utils, LOAD, load)
+    for name in ("diffusers.loaders.single_file", "diffusers.loaders.single_file_model"):  # have their own names for it
+        if getattr(sys.modules.get(name), LOAD, None) is original:
+            setattr(sys.modules[name], LOAD, load)
 
 
 def _add_rows(tables: ModuleType) -> None:

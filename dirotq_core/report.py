@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from .solve import LinearReport
 
@@ -35,15 +36,17 @@ class QuantizationReport:
         count = {note: f"{len(names)} linear{'s' * (len(names) > 1)}" for note, names in by_note.items()}
         return [f"{note} ({count[note]}, first {names[0]})" for note, names in by_note.items()]
 
-    def save(self, folder: str | Path) -> Path:
-        path = Path(folder) / REPORT_NAME
-        body = {
+    def to_dict(self) -> dict[str, Any]:
+        return {
             "method": self.method,
             "activation_bits": self.activation_bits,
             "median_output_db": self.median_output_db,
             "linears": [r.to_dict() for r in self.linears],
         }
-        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+    def save(self, folder: str | Path) -> Path:
+        path = Path(folder) / REPORT_NAME
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -55,5 +58,5 @@ class QuantizationReport:
         try:
             body = json.loads(path.read_bytes())
             return cls(body["method"], body["activation_bits"], [LinearReport(**r) for r in body["linears"]])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no report of a quantization: {error!r}") from error

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import os
+import platform
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-#: Of the folder, inside the checkpoint's, that is written first.
+from .offloading import check_readable
+
+#: Of the folder, inside the checkpoint's, that is written first; then come the place and the process that write it.
 PREFIX = ".dirotq-saving-"
+
+#: Folders that threads of this process write.
+_in_use: set[Path] = set()
+#: Held while files move over an earlier checkpoint's, so that threads' models do not mix.
+_replacing = threading.Lock()
 
 
 def save_beside() -> None:
@@ -37,27 +49,52 @@ def save_beside() -> None:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         check_savable(self, given.get("safe_serialization", True), given.get("use_flashpack", False))
         target = Path(save_directory)
-        # Pushing uploads the folder it is given; in a distributed run only one process may tidy up.
-        if given.get("push_to_hub") or not given.get("is_main_process", True):
+        if given.get("push_to_hub"):  # which uploads the folder it is given
             return original(self, save_directory, *args, **kwargs)
         if target.is_file():
             raise ValueError(f"{target} is a file; give a folder to save the model in")
         target.mkdir(parents=True, exist_ok=True)
-        for left in target.glob(f"{PREFIX}*"):
-            shutil.rmtree(left)  # of a save that was killed
-        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target))
+        _clear(target)
+        work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_place()}-{os.getpid()}-", dir=target))
+        _in_use.add(work)
         try:
             original(self, work, *args, **kwargs)
-            _replace(target, work)
+            with _replacing:
+                # Where several processes save, as a distributed run may, only one may tidy up.
+                _replace(target, work, tidy=bool(given.get("is_main_process", True)))
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            _in_use.discard(work)
 
     save.knows_dirotq = True  # type: ignore[attr-defined]
     ModelMixin.save_pretrained = save  # type: ignore[method-assign]
 
 
+def check_pipelines() -> None:
+    """Let `save_pretrained` of a pipeline refuse what its transformer would, before a folder or repository is made.
+
+    Idempotent.
+    """
+    original = DiffusionPipeline.save_pretrained
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        for part in self.components.values():
+            if getattr(part, "quantization_method", None) == "dirotq" and isinstance(part, ModelMixin):
+                check_savable(part, given.get("safe_serialization", True))
+        return original(self, *args, **kwargs)
+
+    save.knows_dirotq = True  # type: ignore[attr-defined]
+    DiffusionPipeline.save_pretrained = save  # type: ignore[method-assign]
+
+
 def check_savable(model: nn.Module, safe_serialization: bool, use_flashpack: bool = False) -> None:
-    """Raise ValueError for what must not be saved: not as safetensors, or with a LoRA loaded or absorbed."""
+    """Raise ValueError for what must not be saved: not as safetensors, offloaded, or with a LoRA loaded or absorbed."""
     for said, other in (
         (f"safe_serialization={safe_serialization}", not safe_serialization),
         (f"use_flashpack={use_flashpack}", use_flashpack),  # which casts every tensor to one dtype
@@ -72,10 +109,35 @@ def check_savable(model: nn.Module, safe_serialization: bool, use_flashpack: boo
             "a LoRA is absorbed (fuse_lora): call unfuse_lora before unloading it and save then; the quantized "
             "model and the LoRA stay two files"
         )
+    check_readable(model, "saved")
 
 
-def _replace(target: Path, work: Path) -> None:
-    """Move the files of `work` over those of `target`; take away what only the earlier save of this variant had."""
+@functools.cache
+def _place() -> str:
+    """Where a process number means one process: this host, and in a container only that."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:12]
+
+
+def _clear(target: Path) -> None:
+    """Remove what saves left that were killed here; others may be at work in this process, host, or elsewhere."""
+    for left in target.glob(f"{PREFIX}*"):
+        parts = left.name.removeprefix(PREFIX).split("-")
+        if len(parts) < 3 or parts[0] != _place() or not parts[1].isdecimal():
+            continue
+        pid = int(parts[1])
+        if left not in _in_use if pid == os.getpid() else not psutil.pid_exists(pid):
+            shutil.rmtree(left, ignore_errors=True)  # another process may do the same
+
+
+def _replace(target: Path, work: Path, tidy: bool) -> None:
+    """Move the files of `work` over those of `target`.
+
+    tidy: take away what only the earlier save of this variant had.
+    """
     new = sorted(work.iterdir(), key=lambda p: (p.suffix == ".json", p.name))
     names = {p.name for p in new}
     weights = next((p.name for p in new if p.suffix == ".safetensors"), None)
@@ -89,9 +151,10 @@ def _replace(target: Path, work: Path) -> None:
     name, _, variant = stem.partition(".")
     shards = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
     index = target / (f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json")
-    index.unlink(missing_ok=True)  # rather no model than one of old and new shards, if killed from here on
+    if tidy:
+        index.unlink(missing_ok=True)  # rather no model than one of old and new shards, if killed from here on
     for file in new:
         os.replace(file, target / file.name)
-    for file in list(target.iterdir()):
+    for file in list(target.iterdir()) if tidy else ():
         if shards.fullmatch(file.name) and file.name not in names:
-            file.unlink()
+            file.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ class LinearReport:
     name: str
     tokens: int
     energy: float | None
-    weight_db: float
+    weight_db: float | None
     note: str | None = None
     output_db: float | None = None
     weight_only: bool = False

@@ -16,8 +16,8 @@ from ..config import DiRotQConfig
 from ..files import check_headers, checkpoint_files, read_headers
 from ..layout import SitePlan
 from ..report import QuantizationReport
+from ..shards import SHARD_BYTES, write_shards
 from .journal import Journal, sync, sync_folder
-from .shards import SHARD_BYTES, write_shards
 from .source import COMPONENT_FILES, Source
 
 logger = logging.getLogger(__name__)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoint import CheckpointError
 from ..folders import write_folder
 from ..inspect import find_transformer
 from ..nunchaku import import_nunchaku, is_nunchaku
 from .convert import from_native, to_native
-from .read import read_native
+from .folder_notes import FolderNotes, read_folder_notes, report_of_file
+from .inspect import file_report
+from .read import read_metadata, read_native
 from .write import write_native
-
-SHARD_SIZE = "5GB"
 
 
 def convert(source: str | Path, target: str | Path) -> Path:
     """Write the checkpoint `source` in the other layout and return where.
 
     A folder (of a transformer or a pipeline) becomes one .safetensors file, which ComfyUI reads; such a file becomes a
-    transformer's folder, which diffusers reads. Every tensor keeps its bytes, there and back. A checkpoint of Nunchaku
-    or ``nunchaku_lite`` becomes either, as `target` is called. What is written has its name only when it is complete.
+    transformer's folder, which diffusers reads. Weights, configuration, index and report keep their bytes, there and
+    back. A checkpoint of Nunchaku or ``nunchaku_lite`` becomes either, as `target` is called. What is written has its
+    name only when it is complete.
 
     Raises:
         CheckpointError: `source` is no DiRotQ checkpoint or breaks a rule of the format.
@@ -38,30 +41,35 @@ def convert(source: str | Path, target: str | Path) -> Path:
         if target.suffix == ".safetensors":
             write_native(target, to_native(imported.tensors, imported.config), imported.config)
         else:
-            _write_transformer(target, imported.tensors, imported.config)
+            _write_transformer(target, imported.tensors, imported.config, FolderNotes())
         return target
     if source.is_dir():
-        find_transformer(source)
+        folder = find_transformer(source)
         checkpoint = read_native(source)
-        write_native(target, checkpoint.tensors, checkpoint.config)
+        notes, known = read_folder_notes(folder, checkpoint.config)
+        write_native(target, checkpoint.tensors, checkpoint.config, known, notes)
         return target
     if target.suffix == ".safetensors":
         raise ValueError(f"{source} is a single file, so {target} becomes a folder; name one")
     checkpoint = read_native(source)
-    _write_transformer(target, from_native(checkpoint.tensors, checkpoint.config), checkpoint.config)
+    notes = FolderNotes.from_metadata(read_metadata(source)[0], source)
+    if notes.report is None:
+        notes = replace(notes, report=report_of_file(file_report(source), checkpoint.config))
+    try:
+        tensors = from_native(checkpoint.tensors, checkpoint.config)
+        _write_transformer(target, tensors, checkpoint.config, notes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     return target
 
 
-def _write_transformer(target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+def _write_transformer(
+    target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], notes: FolderNotes
+) -> None:
     """Write a transformer's folder in the diffusers layout."""
-    # Parts of larger tensors are copied: the writer takes whole ones only.
-    whole = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
 
     def write(folder: Path) -> None:
-        from huggingface_hub import save_torch_state_dict
-
-        pattern = "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict(whole, folder, filename_pattern=pattern, max_shard_size=SHARD_SIZE)
+        notes.write(folder, tensors)
         body = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(body, encoding="utf-8")
 

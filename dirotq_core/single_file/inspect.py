@@ -36,7 +36,7 @@ def inspect_native(path: str | Path) -> Inspection:
             check_header(name, tensor.shape, tensor.dtype, *spec[name])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    known = _report(path)
+    known = file_report(path)
     rows = [
         _row(name, plan, entries, plan.scheme(quantization), known.get(name))
         for name, plan in native_plans(config, plans).items()
@@ -55,7 +55,7 @@ def _row(
     return LinearRow(name, n, plan.in_features, scheme, plan.rank, size, output_db)
 
 
-def _report(path: Path) -> dict[str, float]:
+def file_report(path: Path) -> dict[str, float]:
     """Native linear → SQNR in dB of its outputs, where it was measured when the file was made."""
     try:
         body = json.loads(read_metadata(path)[0].get(REPORT_KEY, "{}"))

@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from diffusers.quantizers.base import DiffusersQuantizer
 
-# Before 0.39 diffusers does not name the files to a quantizer.
-KNOWS_FILES = hasattr(DiffusersQuantizer, "maybe_update_loaded_keys")
-knows_files = pytest.mark.skipif(not KNOWS_FILES, reason="needs diffusers 0.39")
+from .versions import KNOWS_FILES, knows_files
 
 
 def maps(case):

@@ -15,7 +15,7 @@ from diffusers.hooks import apply_group_offloading
 import dirotq
 from dirotq.dirotq_core.build import quantized_linears
 
-from .versions import groups_on_cpu
+from .versions import groups_on_cpu, knows_files
 
 CPU = torch.device("cpu")
 LEVELS = {"leaf_level": {}, "block_level": {"num_blocks_per_group": 1}}
@@ -207,3 +207,69 @@ def test_layerwise_casting_leaves_packed_tensors_alone(case, helpers):
     assert cast and not any(n.startswith(quantized) for n in cast)
     assert torch.isfinite(helpers.run(model)).all()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n.startswith(quantized))
+
+
+# --- what needs every tensor --------------------------------------------------------------------------------------
+
+
+def offloaded(case, how, folder):
+    """A model that is offloaded in one of the ways that leave no tensor to read."""
+    if how == "device map":
+        return loaded(case, device_map={"": "disk"}, offload_folder=str(folder))
+    model = loaded(case)
+    if how == "sequential":
+        accelerate.cpu_offload(model, CPU)
+    else:
+        model.enable_group_offload(CPU, CPU, how, offload_to_disk_path=str(folder), **LEVELS[how])
+    return model
+
+
+AWAY = [pytest.param(level, marks=groups_on_cpu) for level in LEVELS]
+AWAY += ["sequential", pytest.param("device map", marks=knows_files)]
+
+
+@pytest.mark.parametrize("how", AWAY)
+@pytest.mark.parametrize("ran", [False, True], ids=["", "after a forward"])
+def test_saving_what_is_offloaded_is_refused(case, helpers, tmp_path, how, ran):
+    """Over a good checkpoint, which stays."""
+    good = tmp_path / "good"
+    case.load().save_pretrained(good)
+    before = {p.name: p.read_bytes() for p in good.iterdir()}
+    model = offloaded(case, how, tmp_path / "away")
+    if ran:
+        model(**helpers.inputs(model, torch.bfloat16))
+    with pytest.raises(ValueError, match=r"cannot be saved: .*; load it without offloading"):
+        model.save_pretrained(good)
+    assert {p.name: p.read_bytes() for p in good.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", AWAY)
+@pytest.mark.parametrize("ran", [False, True], ids=["", "after a forward"])
+def test_dequantizing_what_is_offloaded_is_refused(case, helpers, tmp_path, how, ran):
+    expected = helpers.run(loaded(case))
+    model = offloaded(case, how, tmp_path)
+    if ran:
+        model(**helpers.inputs(model, torch.bfloat16))
+    with pytest.raises(ValueError, match=r"cannot be dequantized: .*; load it without offloading"):
+        model.dequantize()
+    with torch.no_grad():
+        assert torch.equal(model(**helpers.inputs(model, torch.bfloat16))[0], expected)
+
+
+@groups_on_cpu
+@pytest.mark.parametrize("level", LEVELS)
+def test_groups_in_memory_are_saved_and_not_dequantized(case, helpers, tmp_path, level):
+    model = loaded(case)
+    model.enable_group_offload(CPU, CPU, level, **LEVELS[level])
+    with pytest.raises(ValueError, match="cannot be dequantized under group offload"):
+        model.dequantize()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(helpers.run(case.load(tmp_path)), helpers.run(loaded(case)))
+
+
+@groups_on_cpu
+def test_a_pipeline_of_what_is_offloaded_is_refused_before_it_is_written(flux_case, tmp_path):
+    pipe = FluxPipeline(None, None, None, None, None, None, offloaded(flux_case, "leaf_level", tmp_path / "away"))
+    with pytest.raises(ValueError, match="cannot be saved"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()

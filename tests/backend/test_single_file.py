@@ -1,13 +1,18 @@
 """`from_single_file`, whose files have no configuration: dense weights are quantized while they load."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from diffusers.loaders import single_file_model
 from safetensors.torch import load_file, save_file
 
 import dirotq
+from dirotq import CheckpointError
+from dirotq.dirotq_core.single_file import convert
 
 NAME = "diffusion_pytorch_model.safetensors"
 PREFIX = "model.diffusion_model."
@@ -70,8 +75,49 @@ def test_what_needs_data_says_so(flux_case, config):
     "maybe_update_state_dict" not in inspect.getsource(single_file_model), reason="needs diffusers 0.42"
 )
 def test_a_quantized_file_points_to_its_folder(flux_case):
-    with pytest.raises(ValueError, match="part of a dirotq checkpoint"):
+    with pytest.raises(ValueError, match="part of a dirotq checkpoint: load its folder"):
         load(flux_case, flux_case.quantized / NAME)
+
+
+@pytest.mark.parametrize("given", ["", "config", "quantization_config"])
+@pytest.mark.parametrize("method", [None, "rtn"], ids=["", "without sites"])
+def test_comfyui_s_file_points_to_convert(flux_case, tmp_path, given, method):
+    """Before diffusers converts it, which asks the Hub for a configuration or splits rows that are fused otherwise."""
+    folder = flux_case.quantized
+    if method:
+        folder = tmp_path / "other"
+        flux_case.on_the_fly(dirotq.DiRotQConfig(method=method)).save_pretrained(folder)
+    file = convert(folder, tmp_path / "one.safetensors")
+    options = {"config": str(flux_case.dense)} if given else {}
+    if given == "quantization_config":
+        options[given] = dirotq.DiRotQConfig()
+    with pytest.raises(CheckpointError, match=r"`dirotq convert .*one\.safetensors --out FOLDER`"):
+        flux_case.cls.from_single_file(str(file), torch_dtype=torch.bfloat16, **options)
+    with pytest.raises(CheckpointError, match="dirotq convert"):
+        FluxPipeline.from_single_file(str(file), torch_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("before", ["", "import diffusers.loaders.single_file_model, diffusers.loaders.single_file"])
+def test_whichever_is_imported_first(flux_case, tmp_path, before):
+    file = convert(flux_case.quantized, tmp_path / "one.safetensors")
+    script = f"""
+import sys
+{before}
+import dirotq
+from diffusers import FluxTransformer2DModel
+FluxTransformer2DModel.from_single_file(sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True)
+    assert "run `dirotq convert" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(
+    "maybe_update_state_dict" not in inspect.getsource(single_file_model), reason="needs diffusers 0.42"
+)
+def test_tensors_of_one_are_refused_as_well(flux_case, tmp_path):
+    file = convert(flux_case.quantized, tmp_path / "one.safetensors")
+    with pytest.raises(CheckpointError, match="`dirotq convert FILE --out FOLDER`"):
+        flux_case.cls.from_single_file(load_file(file), quantization_config=dirotq.DiRotQConfig())
 
 
 def test_eight_bit_floats_are_refused(flux_case, tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 import dirotq
 from dirotq import kernels
+from dirotq.dirotq_core import saving
 from dirotq.kernels import backend
 
 # --- saving -------------------------------------------------------------------------------------------------------
@@ -85,6 +86,62 @@ def test_saving_over_the_own_source(flux_case, helpers, tmp_path, variant):
     assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.safetensors"} | others
     assert torch.equal(helpers.run(model), expected)
     assert torch.equal(helpers.run(flux_case.load(tmp_path, variant=variant)), expected)
+
+
+#: Waits for a line, then saves three times.
+SAVES = """
+import sys, torch, dirotq
+from diffusers import FluxTransformer2DModel
+model = FluxTransformer2DModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    model.save_pretrained(sys.argv[2], max_shard_size="200KB", is_main_process=sys.argv[3] == "0")
+"""
+
+
+@pytest.mark.parametrize("mains", [["0", "0", "0"], ["0", "1", "1"]], ids=["every rank", "one main process"])
+def test_processes_saving_into_one_folder(flux_case, tmp_path, mains):
+    """As scripts under torchrun do, all of them or with `is_main_process` of one."""
+    flux_case.load().save_pretrained(tmp_path, max_shard_size="200KB")
+    before = files_of(tmp_path)
+    command = [sys.executable, "-c", SAVES, str(flux_case.quantized), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, main], **pipes) for main in mains]
+    assert [r.stdout.readline() for r in ranks] == ["ready\n"] * len(ranks)
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    for rank in ranks:
+        said = rank.communicate(timeout=200)[1]
+        assert rank.returncode == 0, said[-2000:]
+    assert files_of(tmp_path) == before and all(p.is_file() for p in tmp_path.iterdir())
+
+
+def test_threads_saving_into_one_folder(flux_case, tmp_path):
+    """Models that differ: one of them is whole in the end."""
+    models, wanted = [flux_case.load() for _ in range(4)], []
+    for i, model in enumerate(models):
+        with torch.no_grad():
+            model.x_embedder.bias.fill_(i)
+            model.proj_out.bias.fill_(i)
+        model.save_pretrained(tmp_path / f"{i}", max_shard_size="100KB")
+        wanted.append(files_of(tmp_path / f"{i}"))
+    for _ in range(3):
+        at_once(*(lambda m=m: m.save_pretrained(tmp_path / "all", max_shard_size="100KB") for m in models))
+        assert files_of(tmp_path / "all") in wanted
+        assert all(p.is_file() for p in (tmp_path / "all").iterdir())
+
+
+def test_only_what_a_dead_process_left_is_cleared(flux_case, tmp_path):
+    model, pid = flux_case.load(), os.getpid()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    names = {f"{saving._place()}-{dead.stdout.strip()}-a": False, f"{saving._place()}-{pid}-a": False}  # pids return
+    names |= {f"{saving._place()}-{os.getppid()}-a": True, f"otherhost-{pid}-a": True, "mine": True}
+    for name in names:
+        (tmp_path / f"{saving.PREFIX}{name}").mkdir()
+    model.save_pretrained(tmp_path)
+    assert {n: (tmp_path / f"{saving.PREFIX}{n}").exists() for n in names} == names
 
 
 def test_a_file_in_the_way_is_named(flux_case, tmp_path):
@@ -231,3 +288,43 @@ def test_without_triton_everything_imports_and_runs(flux_case):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# --- pickles ------------------------------------------------------------------------------------------------------
+
+#: Unpickles a model where nothing was made or loaded, and does what diffusers refuses or miscounts if not taught.
+UNPICKLED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+print(model.num_parameters())
+model.to("cpu", torch.bfloat16)
+lora = torch.load(sys.argv[2])
+from diffusers import FluxPipeline
+pipe = FluxPipeline(None, None, None, None, None, None, model)
+pipe.load_lora_weights(lora)
+pipe.fuse_lora()
+try:
+    model.save_pretrained(sys.argv[3])
+except ValueError as error:
+    print(error)
+pipe.unfuse_lora()
+pipe.unload_lora_weights()
+model.save_pretrained(sys.argv[3])
+"""
+
+
+def test_a_model_unpickled_in_a_new_process(flux_case, tmp_path):
+    pytest.importorskip("peft")
+    model = flux_case.load()
+    torch.save(model, tmp_path / "model.pt")
+    name, (n, k) = "transformer.transformer_blocks.0.attn.to_q", (model.inner_dim, model.inner_dim)
+    torch.save(
+        {f"{name}.lora_A.weight": torch.ones(4, k), f"{name}.lora_B.weight": torch.ones(n, 4)}, tmp_path / "lora"
+    )
+    paths = [str(tmp_path / p) for p in ("model.pt", "lora", "saved")]
+    done = subprocess.run([sys.executable, "-c", UNPICKLED, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, refused = done.stdout.splitlines()
+    assert int(count) == model.num_parameters() and "a LoRA is loaded" in refused
+    model.save_pretrained(tmp_path / "here")
+    assert files_of(tmp_path / "saved") == files_of(tmp_path / "here")

@@ -3,9 +3,14 @@
 import pytest
 import torch
 from diffusers.hooks import group_offloading
+from diffusers.quantizers.base import DiffusersQuantizer
 
 #: Before 0.41 group offloading asks for a GPU even where it is told to use the CPU.
 groups_on_cpu = pytest.mark.skipif(
     not hasattr(group_offloading, "TorchDeviceBackend") and not torch.cuda.is_available(),
     reason="needs a newer diffusers or a GPU",
 )
+
+#: Before 0.39 diffusers does not name the files to a quantizer.
+KNOWS_FILES = hasattr(DiffusersQuantizer, "maybe_update_loaded_keys")
+knows_files = pytest.mark.skipif(not KNOWS_FILES, reason="needs diffusers 0.39")

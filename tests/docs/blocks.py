@@ -22,6 +22,7 @@ CANNOT_RUN = {
     "_offload(": "offloading wants an accelerator",
     "enable_parallelism(": "needs several processes; tests/backend starts two",
     "compile_repeated_blocks(": "compiles for a minute; tests/backend compiles one block",
+    "from_single_file(": "diffusers converts only FLUX.1's own width; tests/backend brings a converter",
     "dirotq demo": "draws for minutes; tests/demo runs it",
     "dirotq evaluate": "draws for minutes; tests/evaluate runs it",
     "git clone": "needs a network and ComfyUI",

@@ -14,6 +14,7 @@ from dirotq.dirotq_core.demo.embedded import load_pipeline
 from dirotq.dirotq_core.engine import output
 from dirotq.dirotq_core.inspect import inspect_checkpoint
 from dirotq.dirotq_core.report import QuantizationReport
+from dirotq.dirotq_core.single_file import convert
 
 from .conftest import CAPTIONS, tree
 
@@ -79,6 +80,19 @@ def test_shards_in_and_out(flux, reference, tmp_path, monkeypatch):
     loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "many" / "transformer").state_dict()
     one = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "one" / "transformer").state_dict()
     assert loaded.keys() == one.keys() and all(torch.equal(loaded[n], t) for n, t in one.items())
+
+
+@pytest.mark.parametrize("limit", [None, 1_000_000], ids=["one file", "shards"])
+def test_converted_there_and_back(flux, tmp_path, monkeypatch, limit):
+    if limit:
+        monkeypatch.setattr(output, "SHARD_BYTES", limit)
+    flux.run(tmp_path / "out", prompts=CAPTIONS[:2], transformer_only=True)
+    one = convert(tmp_path / "out", tmp_path / "one.safetensors")
+    back = convert(one, tmp_path / "back")
+    assert convert(back, tmp_path / "again.safetensors").read_bytes() == one.read_bytes()
+    written = {n: d for n, d in tree(tmp_path / "out").items() if n not in ("README.md", output.PLOT_NAME)}
+    assert tree(back) == written and "dirotq_report.json" in written and len(written) > (4 if limit else 2)
+    assert any(row.output_db for row in inspect_checkpoint(one).rows)
 
 
 def test_fewer_tokens_and_more_images_than_prompts(flux, tmp_path):

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 
+import accelerate
 import pytest
 import torch
 
@@ -314,11 +315,71 @@ def test_unreachable(hub, login, pipeline_folder, capsys):
     assert re.match(rf"dirotq push: could not write to '{ID}': the Hub cannot be reached \(", error), error
 
 
-def test_what_cannot_be_saved_makes_no_repository(hub, login, model):
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+def test_what_cannot_be_saved_makes_no_repository(hub, login, model, whole):
     login("hf_writer")
-    with pytest.raises(ValueError, match="safetensors only"):
-        model.push_to_hub(ID, safe_serialization=False)
+    pushed = load_pipeline("flux-tiny", torch.bfloat16, model) if whole else model
+    for args, kwargs in (((), {"safe_serialization": False}), ((None, None, None, False, False), {})):
+        with pytest.raises(ValueError, match="safetensors only"):
+            pushed.push_to_hub(ID, *args, **kwargs)
+    with pytest.raises(TypeError, match="surprise"):
+        pushed.push_to_hub(ID, surprise=1)
     assert ID not in hub.repositories
+
+
+def test_what_is_offloaded_makes_no_repository(hub, login):
+    login("hf_writer")
+    pipeline = quantized_pipeline(MODELS["flux-tiny"].folder)
+    accelerate.cpu_offload(pipeline.transformer, torch.device("cpu"))
+    for pushed in (pipeline, pipeline.transformer):
+        with pytest.raises(ValueError, match=r"cannot be saved: .* offloaded"):
+            pushed.push_to_hub(ID)
+    assert ID not in hub.repositories
+
+
+@pytest.mark.parametrize("repo_id", [ID, ID.split("/")[1]])
+def test_what_would_fail_later_makes_no_repository(hub, login, pipeline_folder, repo_id):
+    login("hf_writer")
+    for wrong, message in (
+        ({"gated": "yes"}, "gated must be 'auto', 'manual', False or None, got 'yes'"),
+        ({"revision": "next"}, f"'{ID}' does not exist, so it has no branch 'next'"),
+        ({"base_model": "./my flux"}, r"base model '\./my flux' is no Hub id"),
+        ({"base_model": "https://huggingface.co/lab/x/discussions/3"}, "is no Hub id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dirotq.push(pipeline_folder, repo_id, **wrong)
+    assert ID not in hub.repositories
+    dirotq.push(pipeline_folder, repo_id, base_model=BASE)
+    with pytest.raises(HubError, match="has no such branch"):
+        dirotq.push(pipeline_folder, repo_id, base_model=BASE, revision="next")
+
+
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/{}", "https://hf.co/{}/tree/main", "huggingface.co/{}/blob/main/README.md?x=1"]
+)
+def test_a_base_model_by_its_address(hub, login, pipeline_folder, address):
+    login("hf_writer")
+    assert main(["push", str(pipeline_folder), ID, "--base-model", address.format(BASE)]) == 0
+    data = card_data(hub.repositories[ID].files["README.md"])
+    assert data["base_model"] == BASE and data["license"] == "other"
+
+
+@pytest.mark.parametrize("shard", [None, "200KB"])
+def test_a_variant_is_in_the_card(hub, login, tmp_path, shard):
+    """Whose example then loads what was pushed."""
+    login("hf_writer")
+    pipeline = quantized_pipeline(MODELS["flux-tiny"].folder)
+    if shard:
+        pipeline.save_pretrained(tmp_path / "local", variant="w4a8", max_shard_size=shard)
+        dirotq.push(tmp_path / "local", ID)
+    else:
+        pipeline.push_to_hub(ID, variant="w4a8")
+    card = hub.repositories[ID].files["README.md"].decode()
+    assert f'FluxPipeline.from_pretrained("{ID}", variant="w4a8", torch_dtype=torch.bfloat16)' in card
+    code = card.split("```python\n")[1].split("```")[0].replace('.to("cuda")', "")
+    names = {}
+    exec(code.split("image =")[0], names)
+    assert names["pipe"].transformer.is_quantized
 
 
 def test_what_is_not_quantized_is_not_pushed(hub, login, tmp_path):

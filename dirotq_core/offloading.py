@@ -1,0 +1,39 @@
+"""Whether a model's tensors are where they can be read, with what diffusers and accelerate do to offload them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def check_readable(model: nn.Module, what: str) -> None:
+    """Raise ValueError, which says that the model must be loaded without offloading to be `what`, if a tensor is away.
+
+    On meta there is none, and in the place of a group's tensors on disk diffusers keeps memory of any content.
+    """
+    where = None
+    if any(getattr(group, "offload_to_disk_path", None) for group in _groups(model)):
+        where = "groups of it are offloaded to disk"
+    else:
+        away = next((name for name, t in model.state_dict().items() if t.is_meta), None)
+        if away is not None:
+            where = f"{away!r} and maybe others are offloaded (sequential offload, or a device_map)"
+    if where is not None:
+        raise ValueError(f"the model cannot be {what}: {where}; load it without offloading, and it can")
+
+
+def check_ungrouped(model: nn.Module, what: str) -> None:
+    """Raise ValueError under group offload, whose groups hold the tensors that they found: new ones would not move."""
+    if any(True for _ in _groups(model)):
+        raise ValueError(f"the model cannot be {what} under group offload; load it without, and it can")
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """The groups of diffusers' group offloading in `model`."""
+    for module in model.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None:
+            yield hook.group
