@@ -75,14 +75,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if not is_plain(name):
-                raise CheckpointError(f"{index} names {name[:100]!r}, which is no .safetensors file of its own folder")
-        files = [folder / name for name in names]
+        files = indexed_files(index)
     elif (folder / WEIGHTS_NAME).is_file():
         files = [folder / WEIGHTS_NAME]
     else:
@@ -93,6 +86,21 @@ def checkpoint_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
     return files
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, there or not. CheckpointError if it is broken or they are not of its folder."""
+    body = read_json(index)
+    weight_map = body.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    if not isinstance(body.get("metadata", {}), dict):
+        raise CheckpointError(f"{index}: its metadata is no JSON object")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not is_plain(name):
+            raise CheckpointError(f"{index} names {name[:100]!r}, which is no .safetensors file of its own folder")
+    return [index.parent / name for name in names]
 
 
 def is_plain(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 diffusers' quantizer tables are dictionaries in `diffusers.quantizers.auto`, a module that pulls in transformers. So
 importing dirotq only leaves a note for the import system: when that module is loaded, add our row. The same for the
-module that reads single files.
+modules that load models.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ METHOD = "dirotq"
 TABLES = "diffusers.quantizers.auto"
 SINGLE_FILES = "diffusers.loaders.single_file_utils"
 LOAD = "load_single_file_checkpoint"
+MODELS = "diffusers.models.modeling_utils"
 
 
 def register() -> None:
     """Make diffusers know ``quant_method="dirotq"``, now or as soon as its modules are loaded. Idempotent."""
-    actions = {TABLES: ("AUTO_QUANTIZER_MAPPING", _add_rows), SINGLE_FILES: (LOAD, _look_at_single_files)}
+    actions = {
+        TABLES: ("AUTO_QUANTIZER_MAPPING", _add_rows),
+        SINGLE_FILES: (LOAD, _look_at_single_files),
+        MODELS: ("ModelMixin", _look_at_folders),
+    }
     waiting = {}
     for name, (last, action) in actions.items():
         if hasattr(sys.modules.get(name), last):  # else it is not loaded, or not to its end
@@ -92,6 +97,23 @@ def _look_at_single_files(utils: ModuleType) -> None:
     for name in ("diffusers.loaders.single_file", "diffusers.loaders.single_file_model"):  # have their own names for it
         if getattr(sys.modules.get(name), LOAD, None) is original:
             setattr(sys.modules[name], LOAD, load)
+
+
+def _look_at_folders(modeling: ModuleType) -> None:
+    """Let `from_pretrained` check a folder of ours before it builds a model."""
+    original = modeling.ModelMixin.from_pretrained.__func__
+    if hasattr(original, "knows_dirotq"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+        from .loading import check_folder
+
+        check_folder(cls, pretrained_model_name_or_path, kwargs)
+        return original(cls, pretrained_model_name_or_path, **kwargs)
+
+    from_pretrained.knows_dirotq = True  # type: ignore[attr-defined]
+    modeling.ModelMixin.from_pretrained = classmethod(from_pretrained)
 
 
 def _add_rows(tables: ModuleType) -> None:

@@ -65,7 +65,6 @@ def test_pickles_are_not_read(flux_case, tmp_path):
         flux_case.load(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"), reason="needs diffusers 0.39")
 @pytest.mark.parametrize("how", ["relative", "absolute"])
 def test_an_index_that_leads_out_of_the_folder(flux_case, tmp_path, how):
     folder = tmp_path / "model"
@@ -77,6 +76,5 @@ def test_an_index_that_leads_out_of_the_folder(flux_case, tmp_path, how):
     prefix = "../" if how == "relative" else f"{tmp_path}/"
     body["weight_map"] = {n: prefix + f for n, f in body["weight_map"].items()}
     index.write_text(json.dumps(body))
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises(ValueError, match=r"which is no \.safetensors file of its own folder"):
         flux_case.load(folder)
-    assert "outside the folder" in str(error.value) or "must be plain filenames" in str(error.value)

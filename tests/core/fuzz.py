@@ -4,7 +4,8 @@ A broken checkpoint must end in one CheckpointError or ValueError of one line; w
 original's tensors, bit for bit. Anything else (another exception, other tensors, a case that takes long) is a finding.
 Valid values in place of other valid values are no case: no format without a checksum can see those.
 
-Run as a script for many cases: ``python tests/core/fuzz.py --cases 100000 --out benchmarks/results/fuzz.json``.
+Run as a module for many cases: ``python -m tests.core.fuzz --cases 100000 --out benchmarks/results/fuzz.json``, and
+with ``--load`` for those that diffusers loads (``fuzz_loading.json``).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 
 import dirotq
-from dirotq.dirotq_core.inspect import inspect_checkpoint
-from dirotq.dirotq_core.single_file import convert, inspect_native, read_native
+from dirotq.dirotq_core.single_file import convert, read_native
+
+from .fuzz_verdicts import alarm, load_verdict, read_verdict
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -66,11 +68,15 @@ def pixart() -> PixArtTransformer2DModel:
 
 @dataclass(frozen=True)
 class Seed:
-    """A good checkpoint. files: name → bytes; a single file has one. tensors: what `read_native` finds in it."""
+    """A good checkpoint. files: name → bytes; a single file has one. tensors: what `read_native` finds in it.
+
+    loaded: what `from_pretrained` makes of a folder.
+    """
 
     name: str
     files: Files
     tensors: dict[str, torch.Tensor]
+    loaded: dict[str, torch.Tensor]
 
     @property
     def folder(self) -> bool:
@@ -93,7 +99,8 @@ def make_seeds(folder: Path) -> list[Seed]:
         for path in (folder / name, folder / f"{name}-sharded", folder / f"{name}.safetensors"):
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             tensors = {n: t.clone() for n, t in read_native(path).tensors.items()}
-            seeds.append(Seed(path.name, {f.name: f.read_bytes() for f in files}, tensors))
+            loaded = {n: t.detach().clone() for n, t in model.state_dict().items()}
+            seeds.append(Seed(path.name, {f.name: f.read_bytes() for f in files}, tensors, loaded))
     return seeds
 
 
@@ -327,39 +334,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-# --- verdicts -----------------------------------------------------------------------------------------------------
-
-
-class TooSlow(BaseException):
-    """Not an Exception, so that no handler of the code under test takes it for one of its own."""
-
-
-def _alarm(*_: Any) -> None:
-    raise TooSlow
-
-
-def verdict(seed: Seed, path: Path) -> str:
-    """ "refused", "same", or what is wrong."""
-    for inspect in (True, False):
-        try:
-            if inspect:
-                (inspect_checkpoint if path.is_dir() else inspect_native)(path)
-                continue
-            found = read_native(path).tensors
-        except ValueError as error:
-            lines = str(error).splitlines()
-            if len(lines) != 1 or len(lines[0]) > 2000:
-                return f"message of {len(lines)} lines, {len(str(error))} characters"
-            if not inspect:
-                return "refused"
-        except TooSlow:
-            return "too slow"
-        except (Exception, SystemExit) as error:
-            return f"{type(error).__module__}.{type(error).__name__}: {str(error)[:120]}"
-    same = found.keys() == seed.tensors.keys() and all(
-        t.dtype == seed.tensors[n].dtype and torch.equal(t, seed.tensors[n]) for n, t in found.items()
-    )
-    return "same" if same else "other tensors"
+# --- cases ------------------------------------------------------------------------------------------------------------
 
 
 class Fuzzer:
@@ -382,9 +357,11 @@ class Fuzzer:
                 pass
         return seed, mutation.__name__, files
 
-    def run(self, number: int) -> tuple[str, str]:
-        """(mutation, verdict) of one case."""
+    def run(self, number: int, load: bool = False) -> tuple[str, str]:
+        """(mutation, verdict) of one case; load: of `from_pretrained`, "other" for single files."""
         seed, mutation, files = self.files(number)
+        if load and not seed.folder:
+            return mutation, "other"
         case = self.folder / "case"
         case.mkdir()
         try:
@@ -394,10 +371,13 @@ class Fuzzer:
                     MAKE[kind](case / name)
                 else:
                     (case / name).write_bytes(data)
-            signal.signal(signal.SIGALRM, _alarm)
+            signal.signal(signal.SIGALRM, alarm)
             signal.alarm(SECONDS)
             try:
-                return mutation, verdict(seed, case if seed.folder else case / next(iter(files)))
+                if load:
+                    cls = PixArtTransformer2DModel if seed.name.startswith("pixart") else FluxTransformer2DModel
+                    return mutation, load_verdict(cls, seed.loaded, case)
+                return mutation, read_verdict(seed.tensors, case if seed.folder else case / next(iter(files)))
             finally:
                 signal.alarm(0)
         finally:
@@ -409,6 +389,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--load", action="store_true", help="through from_pretrained instead of our own readers")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -418,8 +399,8 @@ def main() -> None:
         fuzzer = Fuzzer(Path(folder))
         began = time.monotonic()
         for number in range(options.start, options.start + options.cases):
-            mutation, outcome = fuzzer.run(number)
-            found = outcome not in ("refused", "same")
+            mutation, outcome = fuzzer.run(number, options.load)
+            found = outcome not in ("refused", "same", "other")
             counts.setdefault(mutation, Counter())["finding" if found else outcome] += 1
             if found:
                 findings.append({"case": number, "mutation": mutation, "outcome": outcome})

@@ -1,8 +1,13 @@
 """Mutated checkpoints: some thousand cases of `fuzz`, what it found, and values of any kind in the configuration."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +17,7 @@ from dirotq.dirotq_core.files import checkpoint_files, read_headers
 from dirotq.dirotq_core.inspect import skeleton
 from dirotq.dirotq_core.single_file import read_native
 
-from . import fuzz
+from . import fuzz, fuzz_verdicts
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +30,88 @@ def test_every_case_is_refused_or_the_same(fuzzer, part):
     found = [(n, *fuzzer.run(n)) for n in range(part, 1600, 4)]
     assert [f for f in found if f[2] not in ("refused", "same")] == []
     assert sum(f[2] == "refused" for f in found) > 300
+
+
+#: Cases with which diffusers hung: a pipe for a shard, and models of millions of blocks.
+FOUND = [102, 572, 4431, 8277, 8292, 9242]
+
+
+def test_every_case_is_loaded_as_it_was_or_refused(fuzzer):
+    """By diffusers, a sample."""
+    numbers = [*FOUND, *range(400, 800)]
+    found = [(n, *fuzzer.run(n, load=True)) for n in numbers]
+    assert [f for f in found if f[2] not in ("refused", "same", "other")] == []
+    assert sum(f[2] == "refused" for f in found) > 150 and sum(f[2] == "same" for f in found) > 10
+    assert {f[2] for f in found[: len(FOUND)]} == {"refused"}
+
+
+@pytest.fixture
+def folder(fuzzer, tmp_path):
+    """A good checkpoint of PixArt, in a folder of its own."""
+    shutil.copytree(fuzzer.folder / "seeds" / "pixart", tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_layers", 10**6, "num_layers is 1000000; at most 128"),
+        ("num_layers", "2", "cannot be made with these values: TypeError"),
+        ("attention_head_dim", 2**53, "attention_head_dim is 9007199254740992; at most"),
+        ("activation_fn", "nn", "cannot be made with these values"),
+        ("quantization_config", {"quant_method": "dirotq", "format_version": []}, "format_version"),
+        ("num_attention_heads", 2, "has shape"),
+    ],
+)
+def test_a_configuration_is_checked_before_the_model_is_made(folder, key, value, message, monkeypatch):
+    config = json.loads((folder / fuzz.CONFIG).read_text())
+    (folder / fuzz.CONFIG).write_text(json.dumps({**config, key: value}))
+    monkeypatch.setattr(PixArtTransformer2DModel, "load_config", None)  # which diffusers calls first
+    with pytest.raises(ValueError, match=message) as error:
+        PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": "x.safetensors"}, "metadata": None}])
+def test_an_index_is_checked_before_the_model_is_made(folder, index):
+    (folder / fuzz.INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+def test_a_pipe_for_a_file(folder):
+    (folder / fuzz.WEIGHTS).unlink()
+    fuzz.MAKE["fifo"](folder / fuzz.WEIGHTS)
+    with pytest.raises(CheckpointError, match="missing or no regular file"):
+        PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+def test_nested_configuration(folder):
+    (folder / fuzz.CONFIG).write_text('{"a":' * 50_000 + '"dirotq"' + "}" * 50_000)
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+def test_what_a_caller_gives_goes_before_the_configuration(fuzzer, folder):
+    config = json.loads((folder / fuzz.CONFIG).read_text())
+    (folder / fuzz.CONFIG).write_text(json.dumps({**config, "num_layers": 10**6, "_class_name": "MyOwn"}))
+    model = PixArtTransformer2DModel.from_pretrained(folder, num_layers=1, torch_dtype=torch.bfloat16)
+    assert fuzz_verdicts.same_tensors(model.state_dict(), next(s for s in fuzzer.seeds if s.name == "pixart").loaded)
+
+
+@pytest.mark.parametrize("before", ["", "import diffusers.models.modeling_utils"])
+def test_folders_are_checked_whichever_is_imported_first(folder, before):
+    config = json.loads((folder / fuzz.CONFIG).read_text())
+    (folder / fuzz.CONFIG).write_text(json.dumps({**config, "num_layers": 10**6}))
+    script = f"""
+import sys
+{before}
+import dirotq
+from diffusers import PixArtTransformer2DModel
+PixArtTransformer2DModel.from_pretrained(sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=100)
+    assert "num_layers is 1000000" in done.stderr.splitlines()[-1]
 
 
 def test_a_case_is_the_same_on_every_machine(fuzzer):
