@@ -90,12 +90,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def indexed_files(index: Path) -> list[Path]:
     """The files that an index names, there or not. CheckpointError if it is broken or they are not of its folder."""
-    body = read_json(index)
-    weight_map = body.get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
-    if not isinstance(body.get("metadata", {}), dict):
-        raise CheckpointError(f"{index}: its metadata is no JSON object")
     names = sorted(set(weight_map.values()))
     for name in names:
         if not is_plain(name):

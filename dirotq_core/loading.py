@@ -60,6 +60,8 @@ def _check(cls: type, folder: Path, file: Path, options: Mapping[str, Any]) -> N
     weights, index = folder / f"{stem}{variant}.{suffix}", folder / f"{WEIGHTS_NAME}.index{variant}.json"
     if index.is_file():
         files = indexed_files(index)
+        if not isinstance(read_json(index).get("metadata"), dict):  # nothing of ours, but diffusers writes into it
+            raise CheckpointError(f"{index} has no JSON object called metadata")
     elif os.path.lexists(weights):
         files = [weights]
     else:

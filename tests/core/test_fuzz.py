@@ -32,8 +32,8 @@ def test_every_case_is_refused_or_the_same(fuzzer, part):
     assert sum(f[2] == "refused" for f in found) > 300
 
 
-#: Cases with which diffusers hung: a pipe for a shard, and models of millions of blocks.
-FOUND = [102, 572, 4431, 8277, 8292, 9242]
+#: Cases with which diffusers hung (a pipe for a shard, models of millions of blocks), and an index without metadata.
+FOUND = [102, 572, 4431, 8277, 8292, 9242, 14512]
 
 
 def test_every_case_is_loaded_as_it_was_or_refused(fuzzer):
@@ -72,7 +72,15 @@ def test_a_configuration_is_checked_before_the_model_is_made(folder, key, value,
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": "x.safetensors"}, "metadata": None}])
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"weight_map": []},
+        {"weight_map": {"a": "x.safetensors"}, "metadata": None},
+        {"weight_map": {"a": "x.safetensors"}},
+    ],
+)
 def test_an_index_is_checked_before_the_model_is_made(folder, index):
     (folder / fuzz.INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json"):
