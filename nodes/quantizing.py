@@ -22,6 +22,7 @@ from .calibrate import Sampling, calibrated_sites
 from .folders import checkpoint_root
 from .hooks import refuse_weight_hooks
 from .model import make_model, make_settings
+from .operations import DiRotQLinear
 from .progress import Progress
 from .size import count_when_loaded
 from .source import SourceWeights
@@ -76,11 +77,23 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype, copy=True)
 
 
+def dense_weights(model: Any) -> SourceWeights:
+    """The weights of a MODEL that can be quantized; ValueError says why it cannot be."""
+    if any(isinstance(m, DiRotQLinear) for m in model.model.modules()):
+        raise ValueError("this MODEL is quantized already, by a DiRotQ node: it needs no further one, use it as it is")
+    if model.injections:
+        raise ValueError(
+            f"this MODEL computes more than its weights say (injections: {', '.join(sorted(model.injections))}), which "
+            "quantizing would lose; add a bypass LoRA behind this node, or in front of it with 'Load LoRA'"
+        )
+    return SourceWeights(model)
+
+
 def examine(
     model: Any, config: DiRotQConfig, width: int, height: int
 ) -> tuple[SourceWeights, dict[str, Any], list[SitePlan]]:
     """Weights, config.json and sites of a dense MODEL; ValueError if it cannot be quantized, or not at that size."""
-    weights = SourceWeights(model)
+    weights = dense_weights(model)
     description, plans = native_plans(weights.shapes, config)
     if description["_class_name"].startswith("PixArt") and width + height <= 512:
         raise ValueError(
@@ -112,7 +125,7 @@ def quantize_calibrated(
 def quantize_instantly(model: Any, bits: int, node_id: str | None = None) -> Any:
     """`model` with data-free 4-bit weights (Hadamard rotation, rounding to nearest) and `bits`-bit activations."""
     config = DiRotQConfig(activation_bits=bits).resolved(calibrated=False)
-    weights = SourceWeights(model)
+    weights = dense_weights(model)
     description, plans = native_plans(weights.shapes, config)
     device = comfy.model_management.get_torch_device()
     solved = {}
@@ -124,10 +137,16 @@ def quantize_instantly(model: Any, bits: int, node_id: str | None = None) -> Any
 
 
 def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
-    """`model` with the weights of `checkpoint`: its options, wrappers and hooks stay, its weight patches are inside."""
+    """`model` with the weights of `checkpoint`: its options, wrappers and hooks stay, its weight patches are inside.
+
+    `model` must have no injections: they belong to its modules.
+    """
     made = make_model(checkpoint, make_settings(checkpoint, "default", "auto", "side branch"))
     clone = model.clone(model_override=made.get_clone_model_override())
     clone.patches, clone.size, clone.cached_patcher_init = {}, 0, made.cached_patcher_init
+    # ComfyUI may otherwise go back to the dense model, which the parent keeps in memory, and take its injections out of
+    # modules that they were never put into.
+    clone.parent, clone.injections, clone.is_injected = None, {}, False
     clone.set_attachments("dirotq", checkpoint.config)
     count_when_loaded(clone)
     refuse_weight_hooks(clone)

@@ -27,7 +27,8 @@ def write_native(
     """Write native tensors and the transformer's config.json to `path`; the file appears only when it is complete.
 
     output_db: native linear → SQNR in dB of its outputs, where it was measured; for who reads the file later. notes: of
-    the folder that the file is made of. before_each: called before each tensor is written; if it raises, no file is left.
+    the folder that the file is made of. before_each: called before each tensor is written; if it raises, no file is
+    left.
 
     Raises:
         FileExistsError: `path` exists.

@@ -1,6 +1,8 @@
 """Quantizing a MODEL of this process: what is kept, what is refused."""
 
 import errno
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from dirotq.dirotq_core.single_file import to_native
 
 from . import models
 from .core import condition, relative, run
-from .loras import with_core_loras
+from .loras import lora, with_core_loras
 
 
 def dense_flux(core):
@@ -29,6 +31,42 @@ def test_apply_keeps_options_and_leaves_the_source(core, make):
     assert torch.equal(run(core, source), before)
     with pytest.raises(ValueError, match="quantized already"):
         core.quantizing.quantize_instantly(made, 8)
+
+
+def bypassed(core, source):
+    """The source with a LoRA as core's *Load LoRA (Bypass)* adds it, beside the weights."""
+    return core.comfy.sd.load_bypass_lora_for_models(source, None, lora(0), 1.0, 0)[0]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_lora_beside_the_weights_is_refused(core, tmp_path, loaded):
+    """It would be lost without a word, and the dense model would keep it."""
+    source = dense_flux(core)
+    before = run(core, source)
+    with_lora = bypassed(core, source)
+    effect = run(core, with_lora) if loaded else None
+    with pytest.raises(ValueError, match=r"injections: bypass_lora.*; add a bypass LoRA behind this node, or .*"):
+        core.quantizing.quantize_instantly(with_lora, 8)
+    with pytest.raises(ValueError, match="injections: bypass_lora"):
+        config = core.quantizing.calibrated_config("dirotq", 64, 4, 0)
+        core.quantizing.quantize_calibrated(sampling(core, with_lora, 64), config, tmp_path / "m.safetensors")
+    assert effect is None or torch.equal(run(core, with_lora), effect)
+    assert torch.equal(run(core, source), before)
+    behind = bypassed(core, core.quantizing.quantize_instantly(source, 16))
+    made = core.quantizing.quantize_instantly(source, 16)
+    assert relative(run(core, behind), run(core, made)) > 0.05
+    assert torch.equal(run(core, source), before)
+
+
+def test_the_dense_model_is_freed(core):
+    source = dense_flux(core)
+    dense = weakref.ref(source.model)
+    made = core.quantizing.quantize_instantly(source, 8)
+    run(core, made)
+    del source
+    gc.collect()
+    assert dense() is None
+    assert torch.isfinite(run(core, made.clone())).all()
 
 
 def sampling(core, source, size):
