@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from .operations import DiRotQLinear
 from .progress import Progress
 from .size import count_when_loaded
 from .source import SourceWeights
+
+#: Most bytes of a file's name before its extension; file systems take 255 with what it is called while it is written.
+NAME_BYTES = 200
 
 
 def native_plans(shapes: Mapping[str, tuple[int, ...]], config: DiRotQConfig) -> tuple[dict[str, Any], list[SitePlan]]:
@@ -154,14 +159,50 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
 
 
 def target_path(filename: str) -> Path:
+    """Where a checkpoint called `filename` goes.
+
+    Raises:
+        ValueError: the name leads out of the folder, or no file can have it.
+        OSError: nothing can be written there.
+    """
     root = checkpoint_root().resolve()
     name = filename.strip().removesuffix(".safetensors")
+    if "\0" in name:
+        raise ValueError(f"filename must not contain a NUL character, got {filename!r}")
+    longest = max(len(os.fsencode(part)) for part in (*Path(name).parts, ""))
+    if longest > NAME_BYTES:
+        raise ValueError(f"each part of filename can have {NAME_BYTES} bytes, got one of {longest}")
     path = (root / f"{name}.safetensors").resolve()
     if not name or path.stem.startswith(".") or root not in path.parents:
         raise ValueError(f"filename must be a name below {root}, got {filename!r}")
+    above = _nearest(path)
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder; choose another filename")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write in {above}; choose another filename")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another filename")
     return path
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest of the folders above `path` that is there; it need not be a folder."""
+    return next(p for p in path.parents if os.path.lexists(p))
+
+
+def check_room(path: Path, weights: SourceWeights, plans: list[SitePlan]) -> None:
+    """Raise OSError unless the disk of `path` has room for the checkpoint of `plans`."""
+    packed = {f"{name}.weight" for plan in plans for name in plan.linears}
+    size = sum(2 * math.prod(shape) for name, shape in weights.shapes.items() if name not in packed)
+    for plan in plans:
+        specs = [plan.site_spec(), *(plan.linear_spec(rows) for rows in plan.out_features)]
+        size += sum(math.prod(shape) * dtype.itemsize for spec in specs for shape, dtype in spec.values())
+    above = _nearest(path)
+    free = shutil.disk_usage(above).free
+    if free < size:
+        raise OSError(
+            f"the checkpoint takes {size / 1e9:.2f} GB, but the disk of {above} has only {free / 1e9:.2f} GB left"
+        )
 
 
 def calibrated_config(method: str, rank: int, bits: int, seed: int) -> DiRotQConfig:
