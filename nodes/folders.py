@@ -10,6 +10,10 @@ from .choices import FOLDER
 
 
 def checkpoint_root() -> Path:
-    """ComfyUI's models/diffusion_models. Its list of such folders also has models/unet, which it names first."""
+    """The folder of diffusion models that the user made the default in extra_model_paths.yaml, or ComfyUI's own.
+
+    ComfyUI's list of them has the default first, but the old models/unet before its own models/diffusion_models.
+    """
     folders = [Path(f) for f in folder_paths.get_folder_paths(FOLDER)]
-    return next((f for f in folders if f.name == FOLDER), folders[0])
+    old = Path(folder_paths.models_dir, "unet").resolve()
+    return next((f for f in folders if f.resolve() != old), folders[0])

@@ -42,9 +42,9 @@ class ModelInfo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, limit: int, model: Any = None) -> Any:
-        """The files' times and sizes, so that a checkpoint written anew is read anew."""
-        if not checkpoint.strip():
+    def fingerprint_inputs(cls, checkpoint: str | None, limit: int | None, model: Any = None) -> Any:
+        """The files' times and sizes, so that a checkpoint written anew is read anew. None: computed by the graph."""
+        if checkpoint is None or not checkpoint.strip():
             return None
         try:
             path = find_checkpoint(checkpoint)

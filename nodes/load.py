@@ -65,6 +65,26 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
     return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in visible]
 
 
+#: Folder of a download → (its stamp, the fingerprint that stands for it).
+_downloads: dict[Path, tuple[object, object]] = {}
+
+
+def _fingerprint(folder: Path) -> object:
+    """What changes if the files in `folder` change, except by our own download, which the loaded model already is."""
+    stamp = _stamp(folder)
+    known, fingerprint = _downloads.get(folder, (None, None))
+    if known != stamp:
+        fingerprint = stamp
+    _downloads[folder] = (stamp, fingerprint)
+    return fingerprint
+
+
+def _downloaded(folder: Path) -> None:
+    """Have the files that are in `folder` now be the ones of its last fingerprint."""
+    if folder in _downloads:
+        _downloads[folder] = (_stamp(folder), _downloads[folder][1])
+
+
 def _revision(text: str) -> str:
     return text.strip() or "main"
 
@@ -127,13 +147,32 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, repo_id: str, revision: str, **_: str) -> object:
+    def validate_inputs(cls, model_name: str | None = None, repo_id: str | None = None) -> bool | str:
+        """Before a graph is queued. In place of ComfyUI's own check of the list, which also a repo_id would not pass.
+
+        A value is None where the graph computes it.
+        """
+        if repo_id is None or repo_id.strip() or model_name is None or model_name in choices():
+            return True
+        roots = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        return f"{model_name!r} is not in {roots}; choose another model_name, or give the repo_id to download it from"
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, model_name: str | None, repo_id: str | None, revision: str | None, **_: str | None
+    ) -> object:
+        """A value is None where the graph computes it; then it is ComfyUI that notices that it changes."""
         from .hub_folder import folder_of
 
+        if repo_id is None:
+            return None
         try:
             if repo_id.strip():
-                return repo_id, revision, _stamp(folder_of(repo_id.strip(), _revision(revision), checkpoint_root()))
-            return _stamp(locate(model_name))
+                if revision is None:
+                    return repo_id
+                folder = folder_of(repo_id.strip(), _revision(revision), checkpoint_root())
+                return repo_id, revision, _fingerprint(folder)
+            return None if model_name is None else _stamp(locate(model_name))
         except OSError:  # execute says what is wrong
             return model_name
 
@@ -143,10 +182,12 @@ class LoadModel(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..dirotq_core.single_file import read_native
         from .hub import download
+        from .hub_folder import folder_of
         from .model import make_model, make_settings
 
         if repo_id.strip():
             path = download(repo_id.strip(), _revision(revision), checkpoint_root())
+            _downloaded(folder_of(repo_id.strip(), _revision(revision), checkpoint_root()))
         elif model_name == NONE:
             raise ValueError("choose a model_name or give a repo_id")
         else:

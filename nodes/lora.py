@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+
+#: What ComfyUI's reader raises on files that are none, by format and version.
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def read_lora(path: str) -> dict[str, Any]:
+    """The tensors of a LoRA file; ValueError names it if ComfyUI cannot read it."""
+    import comfy.utils
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        found = comfy.utils.load_torch_file(path, safe_load=True)
+    except (SafetensorError, *_UNREADABLE) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} is no readable LoRA: {reason}") from error
+    if not found:
+        raise ValueError(f"{path} is no readable LoRA: it is empty")
+    if not all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in found.items()):
+        raise ValueError(f"{path} is no readable LoRA: it holds something else than tensors by name")
+    return found
 
 
 class LoRA(io.ComfyNode):
@@ -36,9 +62,16 @@ class LoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
-        import comfy.utils
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> object:
+        """The file's time and size, so that one written anew is read anew. None: computed by the graph."""
+        path = None if lora_name is None else folder_paths.get_full_path("loras", lora_name)
+        if path is None or not Path(path).is_file():  # execute says what is wrong
+            return None
+        found = os.stat(path)
+        return path, found.st_mtime_ns, found.st_size
 
+    @classmethod
+    def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
         from .branches import apply_lora
         from .operations import DiRotQLinear
 
@@ -47,4 +80,4 @@ class LoRA(io.ComfyNode):
         if strength == 0:
             return io.NodeOutput(model)
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        return io.NodeOutput(apply_lora(model, comfy.utils.load_torch_file(path, safe_load=True), strength))
+        return io.NodeOutput(apply_lora(model, read_lora(path), strength))

@@ -64,6 +64,8 @@ def make_model(checkpoint: NativeCheckpoint, settings: Settings, disable_dynamic
     dtype = comfy.model_management.unet_dtype(
         model_params=_parameters(checkpoint), supported_dtypes=list(DENSE_DTYPES), weight_dtype=torch.bfloat16
     )
+    if dtype not in DENSE_DTYPES:  # --fp8_e4m3fn-unet and the like, which are for dense weights
+        dtype = torch.bfloat16
     operations = make_operations(checkpoint.plans, settings, dtype)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(tensors),

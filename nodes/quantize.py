@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..dirotq_core.methods import METHODS
 
@@ -105,7 +105,12 @@ class Quantize(io.ComfyNode):
                     tooltip="Text encoder for the prompts. Not needed if conditionings are connected.",
                 ),
                 io.Conditioning.Input(
-                    "positive", optional=True, tooltip="A conditioning to calibrate on, instead of prompts."
+                    "positive",
+                    optional=True,
+                    tooltip=(
+                        "A conditioning to calibrate on, instead of prompts: this one is drawn samples times, each "
+                        "with its own noise. The error in the report is measured on the same one."
+                    ),
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="The negative conditioning while drawing, where cfg is above 1."
@@ -115,6 +120,7 @@ class Quantize(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
                 io.String.Output(display_name="report", tooltip="What was measured: error of the layers, and remarks."),
             ],
+            is_output_node=True,  # it writes a file, so nothing need follow
             hidden=[io.Hidden.unique_id],
         )
 
@@ -138,10 +144,12 @@ class Quantize(io.ComfyNode):
         quantizing.check_inputs(clip, positive, negative, cfg)
         path = quantizing.target_path(filename)
         config = quantizing.calibrated_config(method, rank, int(activation_bits), seed)
-        quantizing.examine(model, config, width, height)
+        weights, _, plans = quantizing.examine(model, config, width, height)
+        quantizing.check_room(path, weights, plans)
         conditionings = quantizing.conditionings(clip, positive, prompts, samples, cls.hidden.unique_id)
         sampling = Sampling(model, conditionings, negative, samples, steps, cfg, width, height, seed)
-        return io.NodeOutput(*quantizing.quantize_calibrated(sampling, config, path, cls.hidden.unique_id))
+        made, report = quantizing.quantize_calibrated(sampling, config, path, cls.hidden.unique_id)
+        return io.NodeOutput(made, report, ui=ui.PreviewText(report))
 
 
 class Apply(io.ComfyNode):
@@ -163,6 +171,7 @@ class Apply(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with 4-bit layers.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

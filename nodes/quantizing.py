@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,13 @@ from .calibrate import Sampling, calibrated_sites
 from .folders import checkpoint_root
 from .hooks import refuse_weight_hooks
 from .model import make_model, make_settings
+from .operations import DiRotQLinear
 from .progress import Progress
 from .size import count_when_loaded
 from .source import SourceWeights
+
+#: Most bytes of a file's name before its extension; file systems take 255 with what it is called while it is written.
+NAME_BYTES = 200
 
 
 def native_plans(shapes: Mapping[str, tuple[int, ...]], config: DiRotQConfig) -> tuple[dict[str, Any], list[SitePlan]]:
@@ -76,11 +82,23 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype, copy=True)
 
 
+def dense_weights(model: Any) -> SourceWeights:
+    """The weights of a MODEL that can be quantized; ValueError says why it cannot be."""
+    if any(isinstance(m, DiRotQLinear) for m in model.model.modules()):
+        raise ValueError("this MODEL is quantized already, by a DiRotQ node: it needs no further one, use it as it is")
+    if model.injections:
+        raise ValueError(
+            f"this MODEL computes more than its weights say (injections: {', '.join(sorted(model.injections))}), which "
+            "quantizing would lose; add a bypass LoRA behind this node, or in front of it with 'Load LoRA'"
+        )
+    return SourceWeights(model)
+
+
 def examine(
     model: Any, config: DiRotQConfig, width: int, height: int
 ) -> tuple[SourceWeights, dict[str, Any], list[SitePlan]]:
     """Weights, config.json and sites of a dense MODEL; ValueError if it cannot be quantized, or not at that size."""
-    weights = SourceWeights(model)
+    weights = dense_weights(model)
     description, plans = native_plans(weights.shapes, config)
     if description["_class_name"].startswith("PixArt") and width + height <= 512:
         raise ValueError(
@@ -112,7 +130,7 @@ def quantize_calibrated(
 def quantize_instantly(model: Any, bits: int, node_id: str | None = None) -> Any:
     """`model` with data-free 4-bit weights (Hadamard rotation, rounding to nearest) and `bits`-bit activations."""
     config = DiRotQConfig(activation_bits=bits).resolved(calibrated=False)
-    weights = SourceWeights(model)
+    weights = dense_weights(model)
     description, plans = native_plans(weights.shapes, config)
     device = comfy.model_management.get_torch_device()
     solved = {}
@@ -124,10 +142,16 @@ def quantize_instantly(model: Any, bits: int, node_id: str | None = None) -> Any
 
 
 def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
-    """`model` with the weights of `checkpoint`: its options, wrappers and hooks stay, its weight patches are inside."""
+    """`model` with the weights of `checkpoint`: its options, wrappers and hooks stay, its weight patches are inside.
+
+    `model` must have no injections: they belong to its modules.
+    """
     made = make_model(checkpoint, make_settings(checkpoint, "default", "auto", "side branch"))
     clone = model.clone(model_override=made.get_clone_model_override())
     clone.patches, clone.size, clone.cached_patcher_init = {}, 0, made.cached_patcher_init
+    # ComfyUI may otherwise go back to the dense model, which the parent keeps in memory, and take its injections out of
+    # modules that they were never put into.
+    clone.parent, clone.injections, clone.is_injected = None, {}, False
     clone.set_attachments("dirotq", checkpoint.config)
     count_when_loaded(clone)
     refuse_weight_hooks(clone)
@@ -135,14 +159,50 @@ def put_on(model: Any, checkpoint: NativeCheckpoint) -> Any:
 
 
 def target_path(filename: str) -> Path:
+    """Where a checkpoint called `filename` goes.
+
+    Raises:
+        ValueError: the name leads out of the folder, or no file can have it.
+        OSError: nothing can be written there.
+    """
     root = checkpoint_root().resolve()
     name = filename.strip().removesuffix(".safetensors")
+    if "\0" in name:
+        raise ValueError(f"filename must not contain a NUL character, got {filename!r}")
+    longest = max(len(os.fsencode(part)) for part in (*Path(name).parts, ""))
+    if longest > NAME_BYTES:
+        raise ValueError(f"each part of filename can have {NAME_BYTES} bytes, got one of {longest}")
     path = (root / f"{name}.safetensors").resolve()
     if not name or path.stem.startswith(".") or root not in path.parents:
         raise ValueError(f"filename must be a name below {root}, got {filename!r}")
+    above = _nearest(path)
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder; choose another filename")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write in {above}; choose another filename")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another filename")
     return path
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest of the folders above `path` that is there; it need not be a folder."""
+    return next(p for p in path.parents if os.path.lexists(p))
+
+
+def check_room(path: Path, weights: SourceWeights, plans: list[SitePlan]) -> None:
+    """Raise OSError unless the disk of `path` has room for the checkpoint of `plans`."""
+    packed = {f"{name}.weight" for plan in plans for name in plan.linears}
+    size = sum(2 * math.prod(shape) for name, shape in weights.shapes.items() if name not in packed)
+    for plan in plans:
+        specs = [plan.site_spec(), *(plan.linear_spec(rows) for rows in plan.out_features)]
+        size += sum(math.prod(shape) * dtype.itemsize for spec in specs for shape, dtype in spec.values())
+    above = _nearest(path)
+    free = shutil.disk_usage(above).free
+    if free < size:
+        raise OSError(
+            f"the checkpoint takes {size / 1e9:.2f} GB, but the disk of {above} has only {free / 1e9:.2f} GB left"
+        )
 
 
 def calibrated_config(method: str, rank: int, bits: int, seed: int) -> DiRotQConfig:

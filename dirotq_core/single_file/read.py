@@ -122,7 +122,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _guess(names: list[str]) -> str:
     if any(".input_site." in n for n in names):
-        return "tensors of one without their configuration; it is in the original file's header or in config.json"
+        return (
+            "tensors of one without their configuration, as ComfyUI's ModelSave and CheckpointSave write them; it is "
+            "in the original file's header or in config.json"
+        )
     if looks_packed(names):
         return "an SVDQuant checkpoint of Nunchaku's; `dirotq convert` makes one of it, if it is FLUX.1 in INT4"
     if any(n.endswith((".weight_scale", ".comfy_quant", ".scale_weight", "scaled_fp8", ".qweight")) for n in names):

@@ -79,13 +79,43 @@ def test_downloaded_once_then_used_offline(client, server, hub, online, folder):
 
 def test_changed_files_are_read_again(client, online, folder):
     client.run(prompt())
-    client.run(prompt())  # the files are there now
     online.requests.clear()
     client.run(prompt(seed=5))
-    assert not online.requests  # the loader's result was kept
+    assert not online.requests  # the loader's result was kept, though the files came after it was asked for
     os.utime(folder / "someone--tiny-flux@main" / "config.json")
     client.run(prompt(seed=6))
     assert online.requests
+    online.requests.clear()
+    client.run(prompt(seed=7))
+    assert not online.requests
+
+
+def test_a_first_download_is_kept(client, online):
+    """Of a repository that is not there yet, in a graph whose model_name is of another machine, too."""
+    online.repositories["someone/new"] = online.repositories[ID]
+    graph = graphs.sampled(graphs.four_bit("of-another-machine.safetensors", repo_id="someone/new"), steps=1)
+    client.run(graph)
+    online.requests.clear()
+    graph["latent"]["inputs"]["seed"] = 2
+    client.run(graph)
+    assert not online.requests
+
+
+def test_values_that_the_graph_computes(client, server, online):
+    """They are not known before it runs; what it loads is kept all the same."""
+    loader = graphs.four_bit("of-another-machine.safetensors", repo_id=["id", 0], revision=["revision", 0])
+    graph = graphs.sampled(loader, steps=1) | {
+        "id": node("PrimitiveString", value=ID),
+        "revision": node("PrimitiveString", value="main"),
+    }
+    client.run(graph)
+    online.requests.clear()
+    graph["latent"]["inputs"]["seed"] = 2
+    client.run(graph)
+    assert not online.requests and "has no attribute" not in server.log()
+    graph["id"]["inputs"]["value"] = "someone/absent"
+    with pytest.raises(GraphError, match="the Hub has no 'someone/absent'"):
+        client.run(graph)
 
 
 def test_a_new_commit_is_downloaded(client, online, folder):

@@ -135,3 +135,10 @@ def test_other_methods(client, folder, method):
     returned = graphs.saved_latent(client, client.run(prompt))
     loaded = graphs.saved_latent(client, client.run(graphs.sampled(graphs.four_bit(f"methods/{method}.safetensors"))))
     assert torch.equal(returned, loaded) and torch.isfinite(loaded).all()
+
+
+def test_nothing_need_follow(client, folder):
+    """The file is what it is for; the report stands on the node."""
+    prompt = {k: v for k, v in quantize("alone", samples=1, steps=1).items() if k in ("model", "dense", "clip")}
+    assert client.run(prompt)["model"]["text"][0].startswith(f"saved {folder}/alone.safetensors ")
+    assert (folder / "alone.safetensors").is_file()

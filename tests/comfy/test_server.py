@@ -52,3 +52,9 @@ def test_a_wrong_prompt_leaves_the_server_up(client):
     with pytest.raises(GraphError, match="checkpoint"):
         client.run({"1": {"class_type": "DiRotQModelInfo", "inputs": {"limit": 3}}})
     assert client.get("/queue") == {"queue_running": [], "queue_pending": []}
+
+
+def test_nodes_that_take_long_show_their_progress(object_info):
+    """Text on a node goes to its id, which ComfyUI hands only to nodes that ask for it."""
+    for name in ("DiRotQQuantizeModel", "DiRotQApply"):
+        assert object_info[name]["input"]["hidden"]["unique_id"] == ["UNIQUE_ID"]

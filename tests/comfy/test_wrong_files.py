@@ -113,7 +113,7 @@ def lacking(folder, path):
         (gguf, ".safetensors", "is a GGUF file, not a DiRotQ checkpoint"),
         (fp8, ".safetensors", "is not a DiRotQ checkpoint, but a model quantized in another way; use the loader .*"),
         (dense, ".safetensors", "is not a DiRotQ checkpoint, but a model that is not quantized; use 'Load Diff.*"),
-        (stripped, ".safetensors", "is not a DiRotQ checkpoint, but tensors of one without their configuration; .*"),
+        (stripped, ".safetensors", "is not a DiRotQ checkpoint, but tensors of one without their configuration, .*"),
         (other_architecture, ".safetensors", ".*UNet2DConditionModel.*"),
         (no_model, ".safetensors", "_class_name is 'os.system', which is no model class of diffusers"),
         (newer_format, ".safetensors", ".*format_version.*99.*"),
@@ -141,7 +141,9 @@ def test_one_sentence(client, server, make, suffix, message):
 
 
 def test_a_file_that_is_not_there(client):
-    with pytest.raises(GraphError, match=r"Value not in list: model_name: 'absent\.safetensors'"):
+    with pytest.raises(
+        GraphError, match=r"'absent\.safetensors' is not in /.*; choose another model_name, or give the"
+    ):
         client.run(load("absent.safetensors"))
     with pytest.raises(GraphError, match="choose a model_name or give a repo_id"):
         client.run(load("(none)"))
@@ -162,5 +164,19 @@ def test_a_header_as_long_as_a_pickle_begins(client):
     try:
         assert read_native(path).tensors.keys() == load_file(path).keys()
         client.run(load(path.name))
+    finally:
+        path.unlink()
+
+
+def test_what_core_saves_of_a_quantized_model(client):
+    """It has no place for the configuration; the sentence says where such a file comes from."""
+    saved = node("ModelSave", model=["load", 0], filename_prefix="saved/model")
+    client.run({"load": graphs.four_bit(models.FLUX_4BIT), "save": saved})
+    (file,) = (client.base / "output" / "saved").iterdir()
+    path = client.base / "models" / "diffusion_models" / "saved.safetensors"
+    path.symlink_to(file)
+    try:
+        with pytest.raises(GraphError, match="without their configuration, as ComfyUI's ModelSave and CheckpointSave"):
+            client.run(load(path.name))
     finally:
         path.unlink()
