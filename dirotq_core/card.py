@@ -11,7 +11,7 @@ from typing import Any
 
 from .base_model import CARD_NAME, BaseModel
 from .card_metrics import evaluation_text
-from .files import WEIGHTS_NAME, read_json
+from .files import INDEX_NAME, WEIGHTS_NAME, read_json
 from .inspect import Inspection, LinearRow, bits_text, inspect_checkpoint
 from .methods import method
 
@@ -154,7 +154,7 @@ def _size(count: int) -> str:
 
 def _variant(transformer: Path) -> str | None:
     """The variant that `from_pretrained` must be given for the weights in this folder; None without."""
-    if any((transformer / file).is_file() for file in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json")):
+    if any((transformer / file).is_file() for file in (WEIGHTS_NAME, INDEX_NAME)):
         return None
     stem, _, suffix = WEIGHTS_NAME.rpartition(".")
     pattern = re.compile(rf"{stem}\.([\w.-]+?)(-\d{{5}}-of-\d{{5}})?\.{suffix}")

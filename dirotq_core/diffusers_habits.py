@@ -11,10 +11,22 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .linear import DiRotQLinear
+from .register import METHOD
 
 logger = logging.getLogger(__name__)
 
 FUSING = ("fuse_qkv_projections", "unfuse_qkv_projections")
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether diffusers holds `model` for one of this method."""
+    return getattr(model, "quantization_method", None) == METHOD
+
+
+def quantized_parts(pipeline: Any) -> dict[str, ModelMixin]:
+    """The quantized models of a pipeline by name."""
+    # Not of `components`, which raises where a pipeline of somebody lacks one.
+    return {name: part for name, part in vars(pipeline).items() if isinstance(part, ModelMixin) and is_quantized(part)}
 
 
 def teach_flux_loras() -> None:
@@ -75,7 +87,7 @@ def move_in_own_dtype() -> None:
 
     @functools.wraps(original)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "quantization_method", None) == "dirotq":
+        if is_quantized(self):
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
             if dtype == self.dtype or (dtype is None and "dtype" in kwargs):
                 return self if device is None else original(self, device, non_blocking=non_blocking)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from .checkpoint import CheckpointError, CheckpointSpec, check_header, check_names, check_values
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 MAX_HEADER = 100_000_000  # the format's own limit
 
 DTYPES = {
@@ -73,9 +74,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
     Raises CheckpointError if there is none, the index is broken, or a file it names is absent.
     """
-    index = folder / f"{WEIGHTS_NAME}.index.json"
+    index = folder / INDEX_NAME
     if index.is_file():
-        files = indexed_files(index)
+        files = indexed_files(index, read_json(index))
     elif (folder / WEIGHTS_NAME).is_file():
         files = [folder / WEIGHTS_NAME]
     else:
@@ -88,22 +89,26 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """The files that an index names, there or not. CheckpointError if it is broken or they are not of its folder."""
-    weight_map = read_json(index).get("weight_map")
+def indexed_files(index: Path, body: dict[str, Any]) -> list[Path]:
+    """The files that `body`, read from `index`, names, there or not. CheckpointError as of `weight_map_of`."""
+    return [index.parent / name for name in sorted(set(weight_map_of(body, index).values()))]
+
+
+def weight_map_of(body: dict[str, Any], where: object) -> dict[str, str]:
+    """Tensor names → file names of an index. CheckpointError if it has none, or names files of other folders."""
+    weight_map = body.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if not is_plain(name):
-            raise CheckpointError(f"{index} names {name[:100]!r}, which is no .safetensors file of its own folder")
-    return [index.parent / name for name in names]
+        raise CheckpointError(f"{where} has no weight_map from tensor names to file names")
+    for name in sorted(set(weight_map.values())):
+        check_plain(name, where)
+    return weight_map
 
 
-def is_plain(name: str) -> bool:
-    """Whether it names a safetensors file without a way out of the folder, on any system. Links are not looked at: the
-    Hub's cache consists of them, and a file's content makes none."""
-    return name.endswith(".safetensors") and name.isprintable() and not any(c in name for c in "/\\:")
+def check_plain(name: str, where: object) -> None:
+    """CheckpointError unless `name`, which `where` has, is a safetensors file without a way out of the folder, on any
+    system. Links are not looked at: the Hub's cache consists of them, and a file's content makes none."""
+    if not (name.endswith(".safetensors") and name.isprintable() and not any(c in name for c in "/\\:")):
+        raise CheckpointError(f"{where} names {name[:100]!r}, which is no .safetensors file of its own folder")
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:

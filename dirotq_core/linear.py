@@ -15,6 +15,7 @@ from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from .derived import Derived
 from .float4 import NVFP4
 from .layout import SitePlan, Spec
+from .offloading import group_hook
 from .transforms import SITE_DTYPES, hadamard_block
 
 logger = logging.getLogger(__name__)
@@ -83,12 +84,6 @@ class _PinnedDtypes(nn.Module):
             return moved if tensor is free or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(pinned, recurse)
-
-
-def in_offload_group(module: nn.Module) -> bool:
-    """Whether diffusers' group offloading brings in this very module, not a block it is part of."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None
 
 
 def _say_slower(kind: str, what: str) -> None:
@@ -376,7 +371,7 @@ class DiRotQLinear(_PinnedDtypes, nn.Linear):
     def _input(self, x: torch.Tensor) -> Any:
         """What the site makes of x."""
         owner, trained = self.site.members[0], self._trained(x)
-        if owner is not self and in_offload_group(owner) and (trained or not self.site.remembers(x)):
+        if owner is not self and group_hook(owner) is not None and (trained or not self.site.remembers(x)):
             # Group offloading of single layers: the site's tensors come and go with their owner, so its hook must run.
             return owner(x, site_only=True)
         return self.site(x, True) if trained else self.site(x)

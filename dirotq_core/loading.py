@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-METHOD = "dirotq"
+from .register import METHOD
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a config.json, as parsed, is that of a model which is quantized by this method."""
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
 def check_folder(cls: type, source: Any, options: Mapping[str, Any]) -> None:
@@ -32,11 +38,10 @@ def check_folder(cls: type, source: Any, options: Mapping[str, Any]) -> None:
     data = file.read_bytes()
     try:
         # An escape may hide the name; then, too, it is what the parser finds.
-        quantization = json.loads(data).get("quantization_config")
-        ours = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
-    except (AttributeError, ValueError, RecursionError):
-        ours = METHOD.encode() in data
-    if ours:
+        config = json.loads(data)
+    except (ValueError, RecursionError):
+        config = None
+    if is_ours(config) or (not isinstance(config, dict) and METHOD.encode() in data):
         _check(cls, folder, file, options)
 
 
@@ -59,8 +64,9 @@ def _check(cls: type, folder: Path, file: Path, options: Mapping[str, Any]) -> N
     stem, _, suffix = WEIGHTS_NAME.rpartition(".")
     weights, index = folder / f"{stem}{variant}.{suffix}", folder / f"{WEIGHTS_NAME}.index{variant}.json"
     if index.is_file():
-        files = indexed_files(index)
-        if not isinstance(read_json(index).get("metadata"), dict):  # nothing of ours, but diffusers writes into it
+        body = read_json(index)
+        files = indexed_files(index, body)
+        if not isinstance(body.get("metadata"), dict):  # nothing of ours, but diffusers writes into it
             raise CheckpointError(f"{index} has no JSON object called metadata")
     elif os.path.lexists(weights):
         files = [weights]

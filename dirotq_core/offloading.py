@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,7 @@ def check_readable(model: nn.Module, what: str) -> None:
     On meta there is none, and in the place of a group's tensors on disk diffusers keeps memory of any content.
     """
     where = None
-    if any(getattr(group, "offload_to_disk_path", None) for group in _groups(model)):
+    if any(getattr(group, "offload_to_disk_path", None) for group in groups(model)):
         where = "groups of it are offloaded to disk"
     else:
         away = next((name for name, t in model.state_dict().items() if t.is_meta), None)
@@ -26,14 +25,16 @@ def check_readable(model: nn.Module, what: str) -> None:
 
 def check_ungrouped(model: nn.Module, what: str) -> None:
     """Raise ValueError under group offload, whose groups hold the tensors that they found: new ones would not move."""
-    if any(True for _ in _groups(model)):
+    if groups(model):
         raise ValueError(f"the model cannot be {what} under group offload; load it without, and it can")
 
 
-def _groups(model: nn.Module) -> Iterator[Any]:
+def group_hook(module: nn.Module) -> Any:
+    """The hook by which diffusers' group offloading brings in this very module, not a block it is part of; or None."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")
+
+
+def groups(model: nn.Module) -> list[Any]:
     """The groups of diffusers' group offloading in `model`."""
-    for module in model.modules():
-        registry: Any = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if hook is not None:
-            yield hook.group
+    return [hook.group for module in model.modules() if (hook := group_hook(module)) is not None]

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .absorb import absorb, check_absorbable, release
-from .linear import DiRotQLinear, in_offload_group
+from .diffusers_habits import is_quantized
+from .linear import DiRotQLinear
+from .offloading import groups
 
 #: On a dense linear of a quantized model: its weights as they were before a LoRA was merged, None while none is.
 BEFORE = "dirotq_before_merging"
@@ -152,7 +154,7 @@ def _teach_checks() -> None:
         *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         # diffusers casts the whole model, which packed weights refuse; the adapter is what is saved.
-        if upcast_before_saving and getattr(self, "quantization_method", None) == "dirotq":
+        if upcast_before_saving and is_quantized(self):
             for layer in self.modules():
                 if isinstance(layer, BaseTunerLayer):
                     for name in layer.adapter_layer_names:
@@ -168,7 +170,7 @@ def _teach_checks() -> None:
 
 def _refuse_groups(model: nn.Module) -> None:
     """Groups of diffusers' offloading hold the tensors they found: new ones would not move with them."""
-    if getattr(model, "is_quantized", False) and any(in_offload_group(m) for m in model.modules()):
+    if getattr(model, "is_quantized", False) and groups(model):
         raise ValueError("a LoRA can be fused or unfused only before enabling group offload")
 
 

@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 
+from .diffusers_habits import quantized_parts
+
 #: `from_pipe` casts to float32 if it is given none; its argument has two names by version.
 DTYPE_NAME = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 
@@ -26,7 +28,7 @@ def cast_all_or_nothing() -> None:
     @functools.wraps(to)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = [a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)]
-        for name, part in _quantized_parts(self).items():
+        for name, part in quantized_parts(self).items():
             if wanted and wanted[0] != part.dtype:
                 raise ValueError(
                     f"{name} is quantized by dirotq and computes in {part.dtype}, so the pipeline cannot be cast to "
@@ -37,7 +39,7 @@ def cast_all_or_nothing() -> None:
 
     @functools.wraps(from_pipe)
     def keeping(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
-        parts = _quantized_parts(pipeline)
+        parts = quantized_parts(pipeline)
         if parts and not kwargs.keys() & {"dtype", "torch_dtype"}:
             kwargs[DTYPE_NAME] = next(iter(parts.values())).dtype
         return from_pipe(cls, pipeline, **kwargs)
@@ -45,8 +47,3 @@ def cast_all_or_nothing() -> None:
     checked.knows_dirotq = True  # type: ignore[attr-defined]
     DiffusionPipeline.to = checked  # type: ignore[method-assign]
     DiffusionPipeline.from_pipe = classmethod(keeping)  # type: ignore[assignment,method-assign]
-
-
-def _quantized_parts(pipeline: Any) -> dict[str, Any]:
-    parts = {k: getattr(pipeline, k, None) for k in pipeline.components}
-    return {k: p for k, p in parts.items() if getattr(p, "quantization_method", None) == "dirotq"}

@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
+from .diffusers_habits import is_quantized, quantized_parts
 from .offloading import check_readable
 
 #: Of the folder, inside the checkpoint's, that is written first; then come the place and the process that write it.
@@ -44,7 +45,7 @@ def save_beside() -> None:
 
     @functools.wraps(original)
     def save(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "quantization_method", None) != "dirotq":
+        if not is_quantized(self):
             return original(self, save_directory, *args, **kwargs)
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         check_savable(self, given.get("safe_serialization", True), given.get("use_flashpack", False))
@@ -84,9 +85,8 @@ def check_pipelines() -> None:
     @functools.wraps(original)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        for part in vars(self).values():  # `components` raises where a pipeline of somebody lacks one
-            if getattr(part, "quantization_method", None) == "dirotq" and isinstance(part, ModelMixin):
-                check_savable(part, given.get("safe_serialization", True))
+        for part in quantized_parts(self).values():
+            check_savable(part, given.get("safe_serialization", True))
         return original(self, *args, **kwargs)
 
     save.knows_dirotq = True  # type: ignore[attr-defined]

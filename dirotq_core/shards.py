@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .files import WEIGHTS_NAME, TensorEntry
+from .files import INDEX_NAME, WEIGHTS_NAME, TensorEntry
 from .safetensors_file import byte_count, write_safetensors
 
 #: Bytes of a shard at most, as the Hub likes them.
@@ -17,7 +17,7 @@ SHARD_BYTES = 5_000_000_000
 Tensors = Mapping[str, torch.Tensor | TensorEntry]
 
 
-def write_shards(folder: Path, tensors: Tensors, limit: int = SHARD_BYTES) -> None:
+def write_shards(folder: Path, tensors: Tensors, limit: int) -> None:
     """The weights of a transformer as `save_pretrained` lays them out: one file, or shards and their index."""
     shards: list[list[str]] = [[]]
     room = limit
@@ -37,7 +37,7 @@ def write_shards(folder: Path, tensors: Tensors, limit: int = SHARD_BYTES) -> No
     write_mapped(folder, tensors, weight_map)
     index = {"metadata": {"total_size": sum(map(byte_count, tensors.values()))}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / f"{WEIGHTS_NAME}.index.json").write_text(text, encoding="utf-8")
+    (folder / INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 def write_mapped(folder: Path, tensors: Tensors, weight_map: Mapping[str, str]) -> None:

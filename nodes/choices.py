@@ -2,6 +2,7 @@
 
 BACKENDS = ("auto", "triton", "pytorch")
 LORA_MODES = ("side branch", "requantize")
-ACTIVATION_BITS = ("default", "4", "8", "16")
+BITS = ("4", "8", "16")
+ACTIVATION_BITS = ("default", *BITS)
 #: Folder of models/ that checkpoints are read from and written to.
 FOLDER = "diffusion_models"

@@ -1,4 +1,4 @@
-"""Where checkpoints are written."""
+"""Where checkpoints are written, and whether files have changed."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def checkpoint_root() -> Path:
     folders = [Path(f) for f in folder_paths.get_folder_paths(FOLDER)]
     old = Path(folder_paths.models_dir, "unet").resolve()
     return next((f for f in folders if f.resolve() != old), folders[0])
+
+
+def stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Time and size of a file, or of a checkpoint folder's JSON and weights: beside them downloads leave notes."""
+    files = [f for kind in ("*.json", "*.safetensors") for f in path.rglob(kind)] if path.is_dir() else [path]
+    files = [f for f in files if f.is_file()]
+    visible = [f for f in sorted(files) if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+    return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in visible]

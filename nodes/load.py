@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .choices import ACTIVATION_BITS, BACKENDS, FOLDER, LORA_MODES
-from .folders import checkpoint_root
+from .folders import checkpoint_root, stamp
 
 NONE = "(none)"
 _DEPTH = 4
@@ -37,12 +37,12 @@ def _folders() -> dict[str, Path]:
 
 
 def _is_ours(config: Path) -> bool:
+    from ..dirotq_core.loading import is_ours
+
     try:
-        body = json.loads(config.read_bytes())
+        return is_ours(json.loads(config.read_bytes()))
     except (OSError, ValueError):
         return False
-    quantization = body.get("quantization_config") if isinstance(body, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "dirotq"
 
 
 def locate(name: str) -> Path:
@@ -57,32 +57,24 @@ def locate(name: str) -> Path:
     return Path(full)
 
 
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Times and sizes of the checkpoint's files. JSON and weights, because beside them downloads leave notes."""
-    files = [f for kind in ("*.json", "*.safetensors") for f in path.rglob(kind)] if path.is_dir() else [path]
-    files = [f for f in files if f.is_file()]
-    visible = [f for f in sorted(files) if not any(p.startswith(".") for p in f.relative_to(path).parts)]
-    return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in visible]
-
-
 #: Folder of a download → (its stamp, the fingerprint that stands for it).
 _downloads: dict[Path, tuple[object, object]] = {}
 
 
 def _fingerprint(folder: Path) -> object:
     """What changes if the files in `folder` change, except by our own download, which the loaded model already is."""
-    stamp = _stamp(folder)
+    now = stamp(folder)
     known, fingerprint = _downloads.get(folder, (None, None))
-    if known != stamp:
-        fingerprint = stamp
-    _downloads[folder] = (stamp, fingerprint)
+    if known != now:
+        fingerprint = now
+    _downloads[folder] = (now, fingerprint)
     return fingerprint
 
 
 def _downloaded(folder: Path) -> None:
     """Have the files that are in `folder` now be the ones of its last fingerprint."""
     if folder in _downloads:
-        _downloads[folder] = (_stamp(folder), _downloads[folder][1])
+        _downloads[folder] = (stamp(folder), _downloads[folder][1])
 
 
 def _revision(text: str) -> str:
@@ -172,7 +164,7 @@ class LoadModel(io.ComfyNode):
                     return repo_id
                 folder = folder_of(repo_id.strip(), _revision(revision), checkpoint_root())
                 return repo_id, revision, _fingerprint(folder)
-            return None if model_name is None else _stamp(locate(model_name))
+            return None if model_name is None else stamp(locate(model_name))
         except OSError:  # execute says what is wrong
             return model_name
 

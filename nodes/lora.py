@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+
+from .folders import stamp
 
 #: What ComfyUI's reader raises on files that are none, by format and version.
 _UNREADABLE = (
@@ -65,10 +66,7 @@ class LoRA(io.ComfyNode):
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> object:
         """The file's time and size, so that one written anew is read anew. None: computed by the graph."""
         path = None if lora_name is None else folder_paths.get_full_path("loras", lora_name)
-        if path is None or not Path(path).is_file():  # execute says what is wrong
-            return None
-        found = os.stat(path)
-        return path, found.st_mtime_ns, found.st_size
+        return None if path is None else tuple(stamp(Path(path))) or None  # execute says what is wrong with a name
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:

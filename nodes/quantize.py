@@ -7,19 +7,18 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..dirotq_core.methods import METHODS
-
-ACTIVATION_BITS = ("4", "8", "16")
+from .choices import BITS
 
 
 def obstacle(method: str | None, activation_bits: str | None) -> str | None:
     """Why the two values cannot go together, as one sentence, or None. A value is None where the graph computes it."""
     if method is not None and method not in METHODS:
         return f"method must be one of {', '.join(METHODS)}, got {method!r}"
-    if activation_bits is not None and activation_bits not in ACTIVATION_BITS:
-        return f"activation_bits must be one of {', '.join(ACTIVATION_BITS)}, got {activation_bits!r}"
+    if activation_bits is not None and activation_bits not in BITS:
+        return f"activation_bits must be one of {', '.join(BITS)}, got {activation_bits!r}"
     if method is None or activation_bits is None:
         return None
-    known = [bits for bits in ACTIVATION_BITS if bits == "16" or int(bits) in METHODS[method].activations]
+    known = [bits for bits in BITS if bits == "16" or int(bits) in METHODS[method].activations]
     if activation_bits in known:
         return None
     return f"method {method!r} has no {activation_bits}-bit activations; choose {' or '.join(known)}"
@@ -68,7 +67,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "activation_bits",
-                    list(ACTIVATION_BITS),
+                    list(BITS),
                     tooltip=(
                         "Bits of the activations that the checkpoint asks for; it can be changed when loading. nf4 has "
                         "16 only, nvfp4 and robuq have 4 and 16."

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
 
+_B = TypeVar("_B", bound="_Factors")
+
+
+class _Factors:
+    """What branches of two factors, tensors among their fields, have in common."""
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def to(self: _B, device: torch.device) -> _B:
+        """The same on another device."""
+        return dataclasses.replace(self, **{name: t.to(device) for name, t in self._tensors().items()})  # type: ignore
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._tensors().values())
+
 
 @dataclass(frozen=True)
-class SideLoRA:
+class SideLoRA(_Factors):
     """y[:, start : start + n] += factor · x[:, first : first + k] downᵀ upᵀ; down [R, k], up [n, R], any dtype."""
 
     down: torch.Tensor
@@ -19,14 +36,6 @@ class SideLoRA:
     start: int
     first: int
     factor: float
-
-    def to(self, device: torch.device) -> SideLoRA:
-        """The same on another device."""
-        return dataclasses.replace(self, down=self.down.to(device), up=self.up.to(device))
-
-    @property
-    def nbytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add this branch to y [..., N] for x [..., K], in y's dtype."""
@@ -37,7 +46,7 @@ class SideLoRA:
 
 
 @dataclass(frozen=True)
-class SideLoKr:
+class SideLoKr(_Factors):
     """y[:, start : start + a c] += factor · x[:, first : first + b d] (outer ⊗ inner)ᵀ; outer [a, b], inner [c, d].
 
     A Kronecker product has full rank where both factors have, so it is no LoRA; but W₁ X W₂ᵀ, with x as X [b, d], is as
@@ -49,14 +58,6 @@ class SideLoKr:
     start: int
     first: int
     factor: float
-
-    def to(self, device: torch.device) -> SideLoKr:
-        """The same on another device."""
-        return dataclasses.replace(self, outer=self.outer.to(device), inner=self.inner.to(device))
-
-    @property
-    def nbytes(self) -> int:
-        return self.outer.nbytes + self.inner.nbytes
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add this branch to y [..., N] for x [..., K], in y's dtype."""

@@ -10,6 +10,7 @@ from typing import Any
 from ..engine.source import download
 from ..files import checkpoint_files, read_headers, read_json
 from ..inspect import inspect_checkpoint
+from ..loading import is_ours
 from .images import SUFFIXES
 
 #: The part of a pipeline that draws.
@@ -101,8 +102,7 @@ def _unpack(file: Path, folder: Path) -> Path:
 
 
 def _is_quantized(folder: Path) -> bool:
-    quantization = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "dirotq"
+    return is_ours(read_json(folder / "config.json"))
 
 
 def is_quantized(subject: Subject) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointError, check_names
-from ..files import WEIGHTS_NAME, checkpoint_files, is_plain, json_object
+from ..files import INDEX_NAME, WEIGHTS_NAME, check_plain, checkpoint_files, json_object, weight_map_of
 from ..inspect import report_folder
 from ..report import REPORT_NAME, QuantizationReport
 from ..shards import write_mapped, write_shards
@@ -29,8 +29,6 @@ FOLDER_KEY = "dirotq_folder"
 SINGLE_FILE = "single_file"
 #: Bytes of a shard where the file does not say how it was split: diffusers' default.
 SHARD_BYTES = 10_000_000_000
-
-_INDEX = f"{WEIGHTS_NAME}.index.json"
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,10 @@ class FolderNotes:
             weight_map = _weight_map(self.index)
             check_names(tensors, weight_map)
             write_mapped(folder, tensors, weight_map)
-            _write(folder / _INDEX, self.index)
+            _write(folder / INDEX_NAME, self.index)
         elif self.weights is not None:
-            write_mapped(folder, tensors, dict.fromkeys(tensors, _plain(self.weights)))
+            check_plain(self.weights, "its header")
+            write_mapped(folder, tensors, dict.fromkeys(tensors, self.weights))
         else:
             write_shards(folder, tensors, SHARD_BYTES)
         if self.report is not None:
@@ -74,18 +73,10 @@ class FolderNotes:
 
 def _weight_map(index: str) -> dict[str, str]:
     try:
-        weight_map = json_object(index.encode()).get("weight_map")
+        body = json_object(index.encode())
     except ValueError as error:
         raise CheckpointError(f"the index in its header {error}") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError("the index in its header has no weight_map from tensor names to file names")
-    return {name: _plain(file) for name, file in weight_map.items()}
-
-
-def _plain(name: str) -> str:
-    if not is_plain(name):
-        raise CheckpointError(f"its header names {name[:100]!r}, which is no .safetensors file of its own folder")
-    return name
+    return weight_map_of(body, "the index in its header")
 
 
 def _write(path: Path, text: str) -> None:
@@ -96,8 +87,8 @@ def read_folder_notes(folder: Path, config: Mapping[str, Any]) -> tuple[FolderNo
     """Of a transformer's folder: notes, and native linear → SQNR in dB, both for a single file's header."""
     index = weights = report = None
     files = checkpoint_files(folder)
-    if (folder / _INDEX).is_file():
-        index = (folder / _INDEX).read_bytes().decode()
+    if (folder / INDEX_NAME).is_file():
+        index = (folder / INDEX_NAME).read_bytes().decode()
     elif len(files) == 1 and files[0].name != WEIGHTS_NAME:
         weights = files[0].name
     known: dict[str, float] = {}
