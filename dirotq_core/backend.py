@@ -31,7 +31,7 @@ from .files import check_files, check_headers, read_headers
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
 from .linear import DiRotQLinear, InputSite
 from .methods import method
-from .offloading import check_readable, check_ungrouped
+from .offloading import check_readable, check_ungrouped, offloaded
 from .peft_habits import forget_merging, remember_merging
 from .report import QuantizationReport
 from .single_file.refuse import refuse_quantized
@@ -232,7 +232,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self._offloads_to_disk:
-            empty = [n for n, p in model.named_parameters() if p.is_meta]
+            away = offloaded(model)
+            empty = [n for n, p in model.named_parameters() if p.is_meta and n not in away]
             if empty:
                 raise CheckpointError(f"checkpoint lacks {len(empty)} tensors, among them {empty[0]!r}")
         self._files, self._spec, self._plan_of, self._made = [], {}, {}, {}

@@ -58,8 +58,8 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
 def applies(attn: FluxAttention, rotary: Any) -> bool:
     """Whether `qk_norm_rope` computes what the attention module asks for.
 
-    Not while gradients are recorded (it has none), for merged projections, without positions, or with norms of
-    another kind or under a hook of diffusers'.
+    Not while gradients are recorded (it has none), for merged projections, without positions, or with norms of another
+    kind.
     """
     added = attn.added_kv_proj_dim is not None
     norms = [attn.norm_q, attn.norm_k, *((attn.norm_added_q, attn.norm_added_k) if added else ())]
@@ -69,19 +69,23 @@ def applies(attn: FluxAttention, rotary: Any) -> bool:
         and not getattr(attn, "fused_projections", False)
         and attn.head_dim & (attn.head_dim - 1) == 0
         and all(isinstance(n, nn.RMSNorm) and n.weight is not None and n.eps == attn.norm_q.eps for n in norms)
-        and not any(hasattr(n, "_diffusers_hook") for n in norms)
         and attn.norm_q.eps is not None
     )
 
 
 def _weight(norm: nn.RMSNorm) -> torch.Tensor:
-    """The norm's weight. accelerate's hooks, which keep it on the host or on disk, bring it in for a forward only."""
-    hook = getattr(norm, "_hf_hook", None)
-    if hook is None:
+    """The norm's weight. Hooks of accelerate and diffusers, which keep it elsewhere, bring it in for a forward only."""
+    registry: Any = getattr(norm, "_diffusers_hook", None)
+    hooks = [] if registry is None else [registry.hooks[name] for name in reversed(registry._hook_order)]
+    if hasattr(norm, "_hf_hook"):
+        hooks.append(norm._hf_hook)
+    if not hooks:
         return norm.weight
-    hook.pre_forward(norm)
+    for hook in hooks:
+        hook.pre_forward(norm)
     weight = norm.weight.detach()
-    hook.post_forward(norm, ())
+    for hook in reversed(hooks):
+        hook.post_forward(norm, ())
     return weight
 
 

@@ -23,6 +23,16 @@ def check_readable(model: nn.Module, what: str) -> None:
         raise ValueError(f"the model cannot be {what}: {where}; load it without offloading, and it can")
 
 
+def offloaded(model: nn.Module) -> set[str]:
+    """Names of the parameters that accelerate keeps elsewhere, on meta here, with a hook that brings them in."""
+    names = set()
+    for prefix, module in model.named_modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            names |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+    return names
+
+
 def check_ungrouped(model: nn.Module, what: str) -> None:
     """Raise ValueError under group offload, whose groups hold the tensors that they found: new ones would not move."""
     if groups(model):

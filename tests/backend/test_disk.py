@@ -1,7 +1,10 @@
 """A device map that sends a part of the model to disk: same checks, same bits."""
 
+from functools import partial
+
 import pytest
 import torch
+from diffusers.models import modeling_utils
 
 from .versions import KNOWS_FILES, knows_files
 
@@ -47,3 +50,13 @@ def test_disk_offload_that_cannot_be_checked_is_refused(flux_case, tmp_path):
 def test_quantizing_to_disk_is_refused(flux_case, tmp_path):
     with pytest.raises(ValueError, match="cannot offload to disk"):
         flux_case.on_the_fly(device_map={"": "disk"}, offload_folder=str(tmp_path))
+
+
+def test_blocks_on_the_cpu_beside_a_gpu(case, helpers, monkeypatch):
+    """As with a GPU for the rest: accelerate takes what stays on the CPU to meta before the model is looked at."""
+    as_on_a_gpu = partial(modeling_utils.dispatch_model, main_device=torch.device("cpu"), force_hooks=True)
+    monkeypatch.setattr(modeling_utils, "dispatch_model", as_on_a_gpu)
+    expected = helpers.run(case.load())
+    model = case.load(device_map={n.split(".")[0]: "cpu" for n, _ in case.load().named_parameters()})
+    assert sum(p.is_meta for p in model.parameters()) > 50
+    assert torch.equal(helpers.run(model), expected)

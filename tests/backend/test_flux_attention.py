@@ -55,6 +55,19 @@ def test_same_output_as_diffusers_own_steps(model, inputs, monkeypatch):
     assert torch.equal(ours, plain)  # on the CPU the op is those steps
 
 
+def test_norms_brought_in_by_group_offload(model, inputs, monkeypatch):
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        calls, seen = called(monkeypatch), []
+        hook = attentions(model)[0].norm_q._diffusers_hook.hooks["group_offloading"]
+        for name in ("pre_forward", "post_forward"):
+            method = getattr(hook, name)
+            monkeypatch.setattr(hook, name, lambda *args, n=name, m=method: seen.append(n) or m(*args))
+        assert torch.equal(model(**inputs)[0], expected)
+    assert len(calls) == 3 and seen == ["pre_forward", "post_forward"]
+
+
 def test_batch(model, inputs):
     one = ("guidance", "timestep", "pooled_projections", "hidden_states", "encoder_hidden_states")
     twice = {**inputs, **{n: torch.cat([inputs[n], inputs[n].flip(-1)]) for n in one}}
