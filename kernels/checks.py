@@ -127,6 +127,7 @@ def linear_a8(
     bias: Tensor | None,
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: bool = False,
 ) -> None:
     _quantized_input(codes, scale, z, table, out_dtype)
     _quantized_weight(codes, z, weight, weight_scale, low_rank, bias)
@@ -165,9 +166,12 @@ def linear_a8_siblings(
     biases: Sequence[Tensor],
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: Sequence[bool] = (),
 ) -> None:
     if not weights:
         raise ValueError("weights is empty; at least one is needed")
+    if gelu and len(gelu) != len(weights):
+        raise ValueError(f"gelu has {len(gelu)} values for {len(weights)} weights")
     for name, own in (("weight_scales", weight_scales), ("low_ranks", low_ranks), ("biases", biases)):
         if len(own) != len(weights) and (own or name == "weight_scales"):
             raise ValueError(f"{name} has {len(own)} tensors for {len(weights)} weights")

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_hopper import _before, _next, copy_in, copy_out, wait_for_previous_kernel
+from .gluon_hopper import _before, _next, copy_in, copy_out, gelu, wait_for_previous_kernel
 from .gluon_work import BK, BN, count_pieces, gather, leave, piece_of, share_of, sibling_of, tile_of
 
 RANKS = gl.constexpr(32)  # bf16 columns of z and L in a buffer of BK / 2 bytes
@@ -214,8 +214,8 @@ def _steps(
 def _multiply(
     out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, space_ptr, a_bufs, w_bufs, out_buf, scale_buf,
     full, empty, M, Ns, K, rank, col_tiles, tiles, shared, t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
-    HALF: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SHARED: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     columns: gl.constexpr = 128 if BM > 128 else BM  # Triton offers the int8 instruction with at most 224 columns
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32])
@@ -266,7 +266,7 @@ def _multiply(
             y = gl.convert_layout(y, layout_16)
             slot, phase = _finish(
                 y, bias, out_desc, z_desc, l_descs, a_bufs, w_bufs, out_buf, full, empty, slot, phase, row, out_col,
-                rank, HAS_BIAS, BM, STAGES, PARTS, HALF,
+                rank, which, HAS_BIAS, GELU, BM, STAGES, PARTS, HALF,
             )  # fmt: skip
     tma.store_wait(0)
 
@@ -274,9 +274,10 @@ def _multiply(
 @gluon.jit
 def _finish(
     y, bias, out_desc, z_desc, l_descs, a_bufs, w_bufs, out_buf, full, empty, slot, phase, row, out_col, rank,
-    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
+    which, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
-    """y plus the low-rank branch and the bias, on its way to the output."""
+    """y plus the low-rank branch and the bias, or GELU of that, on its way to the output."""
     rows: gl.constexpr = BN // 2
     width: gl.constexpr = BM // PARTS
     z_layout: gl.constexpr = z_desc.layout
@@ -291,6 +292,9 @@ def _finish(
         slot, phase = _next(slot, phase, STAGES)
     if HAS_BIAS:
         y += gl.expand_dims(bias.to(gl.float32), 1)
+    if GELU != 0:
+        if ((GELU >> which) & 1) != 0:
+            y = gelu(y)
     parts = _split(y.to(out_desc.dtype), PARTS)
     for part in gl.static_range(PARTS):
         tma.store_wait(0)
@@ -304,7 +308,8 @@ def _finish(
 def _product(
     a_desc, w_descs, z_desc, l_descs, out_desc, scale_ptr, weight_scales, biases, space_ptr, M, Ns, K, rank, shared,
     t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     w_desc = w_descs[0]
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
@@ -327,12 +332,12 @@ def _product(
             (_multiply, (
                 out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, space_ptr, a_bufs, w_bufs,
                 out_bufs.index(0), scale_0, full, empty, M, Ns, K, rank, col_tiles, tiles, shared, t0, t1, t2, t3,
-                HAS_BIAS, BM, STAGES, PARTS, SHARED, 0,
+                HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED, 0,
             )),
             (_multiply, (
                 out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, space_ptr, a_bufs, w_bufs,
                 out_bufs.index(1), scale_1, full, empty, M, Ns, K, rank, col_tiles, tiles, shared, t0, t1, t2, t3,
-                HAS_BIAS, BM, STAGES, PARTS, SHARED, 1,
+                HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED, 1,
             )),
             (_load, (
                 a_desc, w_descs, z_desc, l_descs, a_bufs, w_bufs, full, empty, M, Ns, K, rank, col_tiles, tiles,
@@ -348,16 +353,18 @@ def _product(
 def linear_a8_packed_kernel(
     a_desc, z_desc, out_desc, scale_ptr, space_ptr, w_desc, l_desc, weight_scale_ptr, bias_ptr, M, N, K, rank, shared,
     t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = ((Σ_k a ŵ) · s) · t + z Lᵀ + b for packed weights [N, K / 4] in 16-bit words.
+    """out [M, N] = ((Σ_k a ŵ) · s) · t + z Lᵀ + b for packed weights [N, K / 4] in 16-bit words, or GELU of it.
 
-    SHARED: all programs share the work on the first `shared` tiles. `space_ptr` is then of memory for BN · BM 32-bit
-    words of each program and four more, none of which is read before it was written but for the flags, by `LEFT`.
+    GELU: 0 or 1; of siblings, a bit for each. SHARED: all programs share the work on the first `shared` tiles.
+    `space_ptr` is then of memory for BN · BM 32-bit words of each program and four more, none of which is read before
+    it was written but for the flags, by `LEFT`.
     """
     _product(
         a_desc, (w_desc,), z_desc, (l_desc,), out_desc, scale_ptr, (weight_scale_ptr,), (bias_ptr,), space_ptr,
-        M, (N,), K, rank, shared, t0, t1, t2, t3, HAS_BIAS, BM, STAGES, PARTS, SHARED,
+        M, (N,), K, rank, shared, t0, t1, t2, t3, HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED,
     )  # fmt: skip
 
 
@@ -367,12 +374,13 @@ def siblings_packed_kernel(
     l0_desc, l1_desc, l2_desc, l3_desc,
     weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, weight_scale3_ptr,
     bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr, M, N0, N1, N2, N3, K, rank, shared, t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     """The same of up to four weights side by side; a missing one has N = 0."""
     _product(
         a_desc, (w0_desc, w1_desc, w2_desc, w3_desc), z_desc, (l0_desc, l1_desc, l2_desc, l3_desc), out_desc,
         scale_ptr, (weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, weight_scale3_ptr),
         (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr), space_ptr, M, (N0, N1, N2, N3), K, rank, shared, t0, t1, t2, t3,
-        HAS_BIAS, BM, STAGES, PARTS, SHARED,
+        HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -66,9 +67,12 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, w: Tensor, weight_scale: Tensor,
-    low_rank: Tensor | None, bias: Tensor | None, out: Tensor, tile: dict[str, int] | None = None,
+    low_rank: Tensor | None, bias: Tensor | None, gelu: bool, out: Tensor, tile: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """out [M, N] of `linear_a8` for unpacked weights w [N, K] of the dtype of the codes, int8 or e4m3."""
+    """out [M, N] of `linear_a8` for unpacked weights w [N, K] of the dtype of the codes, int8 or e4m3.
+
+    The rows of out may be strided.
+    """
     m, k = codes.shape
     n = w.shape[0]
     tile = tile or blocks(m, n, out.dtype)
@@ -85,9 +89,14 @@ def multiply(
     launch(
         linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device.index)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, **tile, num_warps=4, launch_pdl=True,
+        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, GELU=gelu, **tile, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
+
+
+def takes(weights: Sequence[Tensor], gelu: Sequence[bool]) -> bool:
+    """Whether each product (one for siblings of equal `gelu`) begins at a multiple of 16 bytes in the output's rows."""
+    return len(set(gelu)) == 1 or all(weight.shape[0] % 8 == 0 for weight in weights)
 
 
 def linear_a8(
@@ -99,19 +108,29 @@ def linear_a8(
     low_ranks: Sequence[Tensor],
     biases: Sequence[Tensor],
     table: Sequence[int],
+    gelu: Sequence[bool],
     out: Tensor,
 ) -> Tensor:
-    """`linear_a8_siblings` into `out`. Weights are unpacked anyway, so siblings meet in one matrix at no cost."""
-    low_rank = _stacked(low_ranks) if z is not None and low_ranks else None
-    bias, weight_scale = _stacked(biases) if biases else None, _stacked(weight_scales)
-    w = torch.empty((out.shape[1], codes.shape[1]), dtype=codes.dtype, device=codes.device)
-    start = 0
-    for weight in weights:  # last, right before the product: each waits for the kernel before it
-        end = start + weight.shape[0]
-        unpack(aligned(weight), table, codes.dtype, overlap=True, out=w[start:end])
-        start = end
-    z = None if z is None else aligned(z)
-    return multiply(aligned(codes), scale.contiguous(), z, w, weight_scale, low_rank, bias, out)
+    """`linear_a8_siblings` into `out`, for what this module `takes`.
+
+    Weights are unpacked anyway, so siblings that end alike meet in one matrix at no cost.
+    """
+    codes, scale, z = aligned(codes), scale.contiguous(), None if z is None else aligned(z)
+    first = begin = 0
+    for curved, run in groupby(gelu):
+        last = first + len(list(run))
+        end = begin + sum(weight.shape[0] for weight in weights[first:last])
+        low_rank = _stacked(low_ranks[first:last]) if z is not None and low_ranks else None
+        bias = _stacked(biases[first:last]) if biases else None
+        weight_scale = _stacked(weight_scales[first:last])
+        w = torch.empty((end - begin, codes.shape[1]), dtype=codes.dtype, device=codes.device)
+        row = 0
+        for weight in weights[first:last]:  # right before the product: each waits for the kernel before it
+            unpack(aligned(weight), table, codes.dtype, overlap=True, out=w[row : row + weight.shape[0]])
+            row += weight.shape[0]
+        multiply(codes, scale, z, w, weight_scale, low_rank, bias, curved, out[:, begin:end])
+        first, begin = last, end
+    return out
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

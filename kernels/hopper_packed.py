@@ -55,7 +55,8 @@ def choose(codes: Tensor, weights: Sequence[Tensor], table: Sequence[int]) -> tu
 
 def linear_a8(
     codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
-    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], tile: tuple[int, bool], out: Tensor,
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], gelu: Sequence[bool],
+    tile: tuple[int, bool], out: Tensor,
 ) -> Tensor:  # fmt: skip
     """`linear_a8_siblings` into `out`, for what this module `takes`: up to four weights in one launch.
 
@@ -72,7 +73,7 @@ def linear_a8(
         end = start + sum(weight.shape[0] for weight in weights[first:last])
         multiply(
             codes, scale, z, weights[first:last], weight_scales[first:last], low_ranks[first:last], biases[first:last],
-            table, tile, out[:, start:end],
+            table, gelu[first:last], tile, out[:, start:end],
         )  # fmt: skip
         start, first = end, last
     return out
@@ -80,7 +81,8 @@ def linear_a8(
 
 def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
-    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], tile: tuple[int, bool], out: Tensor,
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], gelu: Sequence[bool],
+    tile: tuple[int, bool], out: Tensor,
 ) -> None:  # fmt: skip
     """One launch of `linear_a8` into `out`, whose rows may be strided."""
     m, k = codes.shape
@@ -117,5 +119,6 @@ def multiply(
         descriptor(codes, rows, WIDTH), descriptor(left, rows, RANK),
         descriptor(out, rows // constants["PARTS"], COLUMNS // 2), scale, space,
         *columns[0], *columns[1], *columns[2], *columns[3], m, *ns, k, rank, shared, *words,
-        HAS_BIAS=len(biases) > 0, **constants, num_warps=4, launch_pdl=True,
+        HAS_BIAS=len(biases) > 0, GELU=sum(curved << i for i, curved in enumerate(gelu)), **constants,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip

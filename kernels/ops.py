@@ -25,7 +25,7 @@ from .backend import implementation
 from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 4
+API_VERSION = 5
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -33,9 +33,9 @@ SCHEMAS = {
     " -> (Tensor codes, Tensor scale, Tensor z)",
     "rotate": "(Tensor x, Tensor? basis, Tensor? signs, int block) -> (Tensor v, Tensor z)",
     "linear_a8": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
-    " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype) -> Tensor",
+    " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype, bool gelu=False) -> Tensor",
     "linear_a8_siblings": "(Tensor codes, Tensor scale, Tensor? z, Tensor[] weights, Tensor[] weight_scales,"
-    " Tensor[] low_ranks, Tensor[] biases, int[] table, ScalarType out_dtype) -> Tensor",
+    " Tensor[] low_ranks, Tensor[] biases, int[] table, ScalarType out_dtype, bool[] gelu=[]) -> Tensor",
     "linear_a16": "(Tensor x, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table) -> Tensor",
     "linear": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode, Tensor weight,"
@@ -84,17 +84,18 @@ def linear_a8(
     bias: Tensor | None,
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: bool = False,
 ) -> Tensor:
     """y [M, N] = s_m t_n Σ_k a_mk w_nk + Σ_j z_mj L_nj + b_n in `out_dtype` (bf16, fp16, fp32), rounded once.
 
     codes a [M, K] int8, scale s [M] fp32, z [M, r] bf16; weight [N, K/2] uint8 of 4-bit codes (`pack_int4`)
     whose lattice values are the 16 integers of `table`, in [-127, 127]; weight_scale t [N] fp32; low_rank L
-    [N, r] bf16; bias b [N]. The integer sum is exact; it is multiplied by s, then by t, in fp32. Not
-    differentiable; `linear` is.
+    [N, r] bf16; bias b [N]. The integer sum is exact; it is multiplied by s, then by t, in fp32. With `gelu` the
+    result is GELU(y) in its tanh form, rounded once as well. Not differentiable; `linear` is.
     Raises ValueError naming the argument and the rule it breaks.
     """
     return torch.ops.dirotq.linear_a8.default(
-        codes, scale, z, weight, weight_scale, low_rank, bias, list(table), out_dtype
+        codes, scale, z, weight, weight_scale, low_rank, bias, list(table), out_dtype, gelu
     )
 
 
@@ -108,14 +109,16 @@ def linear_a8_siblings(
     biases: Sequence[Tensor],
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: Sequence[bool] = (),
 ) -> Tensor:
     """The outputs of `linear_a8` for several linears of one input, side by side: y [M, ΣN], as one product.
 
-    low_ranks and biases: one for each of `weights`, or none at all.
+    low_ranks, biases and gelu: one for each of `weights`, or none at all.
     """
     return torch.ops.dirotq.linear_a8_siblings.default(
-        codes, scale, z, list(weights), list(weight_scales), list(low_ranks), list(biases), list(table), out_dtype
-    )
+        codes, scale, z, list(weights), list(weight_scales), list(low_ranks), list(biases), list(table), out_dtype,
+        list(gelu),
+    )  # fmt: skip
 
 
 def linear_a16(
@@ -259,13 +262,13 @@ def _fake_rotate(x, basis, signs, block):
     return x.new_empty(x.shape), x.new_empty((x.shape[0], _rank(basis)), dtype=torch.bfloat16)
 
 
-def _fake_linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype):
-    checks.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype)
+def _fake_linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype, gelu=False):
+    checks.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype, gelu)
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-def _fake_linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype):
-    checks.linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype)
+def _fake_linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype, gelu=()):
+    checks.linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype, gelu)
     return codes.new_empty((codes.shape[0], sum(w.shape[0] for w in weights)), dtype=out_dtype)
 
 

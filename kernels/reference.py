@@ -114,12 +114,14 @@ def linear_a8(
     bias: Tensor | None,
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: bool = False,
 ) -> Tensor:
-    """y = s_m t_n Σ_k a_mk w_nk + Σ_j z_mj L_nj + b_n; the sum over k is exact."""
+    """y = s_m t_n Σ_k a_mk w_nk + Σ_j z_mj L_nj + b_n, or GELU of it; the sum over k is exact."""
     y = int8_matmul(codes, decode(weight, table)).float()
     y *= scale[:, None]
     y *= weight_scale
-    return _finish(y, z, low_rank, bias).to(out_dtype)
+    y = _finish(y, z, low_rank, bias)
+    return (torch.nn.functional.gelu(y, approximate="tanh") if gelu else y).to(out_dtype)
 
 
 def linear_a8_siblings(
@@ -132,11 +134,13 @@ def linear_a8_siblings(
     biases: Sequence[Tensor],
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: Sequence[bool] = (),
 ) -> Tensor:
     parts = []
     for i, weight in enumerate(weights):
         low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
-        parts.append(linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype))
+        curved = bool(gelu) and gelu[i]
+        parts.append(linear_a8(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out_dtype, curved))
     return torch.cat(parts, 1)
 
 

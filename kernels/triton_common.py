@@ -47,6 +47,16 @@ def decode(codes, t0, t1, t2, t3):
     return (word >> ((codes & 3) * 8)).to(tl.int8)
 
 
+# −2 √(2 / π) log₂ e, and 0.044715 times that.
+GELU_LINEAR, GELU_CUBIC = tl.constexpr(-2.302208198), tl.constexpr(-0.10294324)
+
+
+@triton.jit
+def gelu(y):
+    """GELU of fp32 y in its tanh form: y / (1 + exp(−2 u)), u = √(2 / π) (y + 0.044715 y³)."""
+    return y / (1.0 + tl.exp2(y * (y * y * GELU_CUBIC + GELU_LINEAR)))
+
+
 @triton.jit
 def low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
     """The tile [BN, BM] of (z Lᵀ)ᵀ in fp32, for z [M, r] and L [N, r] in bf16; zeros if r = 0."""

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from .hopper_costs import FEWEST_TOKENS
 from .launch import cdiv, launch
-from .triton_common import decode, low_rank_tile, narrow, table_words, tile_of
+from .triton_common import decode, gelu, low_rank_tile, narrow, table_words, tile_of
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
 def linear_a8_kernel(
     codes_ptr, scale_ptr, z_ptr, weight_ptr, weight_scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
     M, N, K, r, stride_out, t0, t1, t2, t3,
-    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = ((Σ_k a w) · s) · t + z Lᵀ + b."""
+    """out [M, N] = ((Σ_k a w) · s) · t + z Lᵀ + b, or GELU of it."""
     rows, cols = tile_of(tl.program_id(0), M, N, BM, BN)
     a_at = codes_ptr + rows[None, :].to(tl.int64) * K + tl.arange(0, BK)[:, None]
     w_at = weight_ptr + cols[:, None].to(tl.int64) * (K // 2) + tl.arange(0, BK // 2)[None, :]
@@ -46,6 +46,8 @@ def linear_a8_kernel(
         y += low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM, BN, BR)
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
+    if GELU:
+        y = gelu(y)
     out_at = out_ptr + rows[None, :].to(tl.int64) * stride_out + cols[:, None]
     tl.store(out_at, narrow(y, out_ptr.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))
 
@@ -83,10 +85,11 @@ def linear_a8(
     bias: Tensor | None,
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: bool = False,
 ) -> Tensor:
     low_ranks = [] if low_rank is None else [low_rank]
     biases = [] if bias is None else [bias]
-    return linear_a8_siblings(codes, scale, z, [weight], [weight_scale], low_ranks, biases, table, out_dtype)
+    return linear_a8_siblings(codes, scale, z, [weight], [weight_scale], low_ranks, biases, table, out_dtype, [gelu])
 
 
 def linear_a8_siblings(
@@ -99,8 +102,10 @@ def linear_a8_siblings(
     biases: Sequence[Tensor],
     table: Sequence[int],
     out_dtype: torch.dtype,
+    gelu: Sequence[bool] = (),
 ) -> Tensor:
     m, n = codes.shape[0], sum(w.shape[0] for w in weights)
+    gelu = gelu or [False] * len(weights)
     out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if not out.numel():
         return out
@@ -111,22 +116,22 @@ def linear_a8_siblings(
             tile = hopper_packed.choose(codes, weights, table)
             if tile is not None:
                 return hopper_packed.linear_a8(
-                    codes, scale, z, weights, weight_scales, low_ranks, biases, table, tile, out
+                    codes, scale, z, weights, weight_scales, low_ranks, biases, table, gelu, tile, out
                 )
-            if m >= FEWEST_TOKENS:
-                return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out)
+            if m >= FEWEST_TOKENS and hopper.takes(weights, gelu):
+                return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, gelu, out)
         start = 0
         for i, weight in enumerate(weights):
             end = start + weight.shape[0]
             low_rank, bias = low_ranks[i] if low_ranks else None, biases[i] if biases else None
-            _multiply(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, out[:, start:end])
+            _multiply(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, gelu[i], out[:, start:end])
             start = end
     return out
 
 
 def _multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, weight: Tensor, weight_scale: Tensor,
-    low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int], out: Tensor,
+    low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int], gelu: bool, out: Tensor,
 ) -> None:  # fmt: skip
     """One product into `out`, whose rows may be strided."""
     m, k = codes.shape
@@ -142,5 +147,6 @@ def _multiply(
     launch(
         linear_a8_kernel, grid,
         codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
-        m, n, k, rank, out.stride(0), *table_words(table), HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, **tile,
+        m, n, k, rank, out.stride(0), *table_words(table),
+        HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, GELU=gelu, **tile,
     )  # fmt: skip

@@ -53,6 +53,7 @@ A8 = {**WEIGHTS, "codes_ptr": "i8", "scale_ptr": "fp32", "weight_scale_ptr": "fp
 A16 = {**WEIGHTS, "x_ptr": "bf16", "scale_ptr": "bf16", "words_ptr": "i32"}
 QUANTIZE = {**SITE, "energy_ptr": "fp32", "codes_ptr": "i8", "scale_ptr": "fp32"}
 LINEAR = {"HAS_LOW_RANK": True, "HAS_BIAS": True}
+LINEAR_A8 = {**LINEAR, "GELU": False}
 ROTATED = {"PROJECT": True, "ROTATE": True, "BLOCK": 128}
 MANY = triton_rotate.blocks(4608, 128)
 PASS = {**QUANTIZE, "partial_ptr": "fp32", "squares_ptr": "fp32"}
@@ -78,10 +79,13 @@ KERNELS = {
         False,
     ),
     "a8, many tokens": (
-        triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(4608, 3072)}, True
+        triton_linear.linear_a8_kernel, A8, {**LINEAR_A8, **triton_linear.blocks(4608, 3072)}, True
     ),
-    "a8, one token": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(1, 3072)}, True),
-    "a8, 64 tokens": (triton_linear.linear_a8_kernel, A8, {**LINEAR, **triton_linear.blocks(64, 3072)}, True),
+    "a8, one token": (triton_linear.linear_a8_kernel, A8, {**LINEAR_A8, **triton_linear.blocks(1, 3072)}, True),
+    "a8, 64 tokens": (triton_linear.linear_a8_kernel, A8, {**LINEAR_A8, **triton_linear.blocks(64, 3072)}, True),
+    "a8, GELU": (
+        triton_linear.linear_a8_kernel, A8, {**LINEAR_A8, "GELU": True, **triton_linear.blocks(4608, 3072)}, True
+    ),
     "a16, many tokens": (
         triton_w4a16.many_tokens_kernel, A16, {**LINEAR, **triton_w4a16.many_tokens_blocks(4608, torch.bfloat16)}, False
     ),
@@ -284,8 +288,9 @@ def descriptor(kind, *shape):
 
 
 @needs_gluon
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("columns", [128, 256])
-def test_hopper_product_compiles(columns, tmp_path):
+def test_hopper_product_compiles(columns, gelu, tmp_path):
     from triton.experimental.gluon import language as gl
 
     from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
@@ -301,15 +306,17 @@ def test_hopper_product_compiles(columns, tmp_path):
         "weight_scale_ptr": "*fp32",
         "bias_ptr": "*bf16",
     }
-    ptx = compile_gluon(kernel, types, {"TOTAL": gl.int32, "HAS_BIAS": True, **tile}, tmp_path).asm["ptx"]
-    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx
+    values = {"TOTAL": gl.int32, "HAS_BIAS": True, "GELU": gelu, **tile}
+    ptx = compile_gluon(kernel, types, values, tmp_path).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx and ("ex2.approx" in ptx) == gelu
 
 
 @needs_gluon
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("name", ["linear_a8_packed_kernel", "siblings_packed_kernel"])
-def test_hopper_packed_product_compiles(name, rows, shared, tmp_path):
+def test_hopper_packed_product_compiles(name, gelu, rows, shared, tmp_path):
     from dirotq.kernels import gluon_packed, hopper_packed
 
     tile = hopper_packed.block(rows, shared, torch.bfloat16)
@@ -329,8 +336,10 @@ def test_hopper_packed_product_compiles(name, rows, shared, tmp_path):
             types[argument] = "*fp32"
         elif argument.startswith("bias"):
             types[argument] = "*bf16"
-    ptx = compile_gluon(kernel, types, {"HAS_BIAS": True, **tile}, tmp_path).asm["ptx"]
+    curved = gelu and (8 if name.startswith("siblings") else 1)
+    ptx = compile_gluon(kernel, types, {"HAS_BIAS": True, "GELU": int(curved), **tile}, tmp_path).asm["ptx"]
     assert re.search(TARGETS["sm_90"][2], ptx) and "prmt.b32" in ptx and "setmaxnreg" in ptx
+    assert ("ex2.approx" in ptx) == gelu
     assert ("ld.acquire.gpu" in ptx) == shared
 
 
