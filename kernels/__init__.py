@@ -29,6 +29,7 @@ from .ops import (
     linear_nvfp4,
     rotate,
     rotate_quantize,
+    rotate_quantize_parts,
 )
 from .tables import lasting, table_like
 
@@ -64,6 +65,7 @@ __all__ = [
     "quantize_nvfp4",
     "rotate",
     "rotate_quantize",
+    "rotate_quantize_parts",
     "round_columns",
     "table_like",
     "unpack_bits",

@@ -21,6 +21,7 @@ ENVIRONMENT = "DIROTQ_BACKEND"
 _TRITON_MODULE = {
     "rotate": "triton_rotate",
     "rotate_quantize": "triton_rotate",
+    "rotate_quantize_parts": "triton_rotate",
     "linear_a8": "triton_linear",
     "linear_a8_siblings": "triton_linear",
     "linear_a16": "triton_w4a16",

@@ -49,8 +49,28 @@ def _columns(name: str, k: int) -> None:
 def rotation(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> None:
     _shape("x", x, "M", "K")
     _dtype("x", x, *FLOATS)
-    k = x.shape[1]
-    _columns("x", k)
+    _columns("x", x.shape[1])
+    _site("x", x.shape[1], basis, signs, block)
+    _device("x", x, basis=basis, signs=signs)
+
+
+def rotation_of_parts(parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int) -> None:
+    if not parts:
+        raise ValueError("parts is empty; at least one is needed")
+    first = parts[0]
+    _shape("parts[0]", first, "M", "K_0")
+    _dtype("parts[0]", first, *FLOATS)
+    for i, part in enumerate(parts):
+        _shape(f"parts[{i}]", part, first.shape[0], f"K_{i}")
+        _dtype(f"parts[{i}]", part, first.dtype)
+        _device("parts[0]", first, **{f"parts[{i}]": part})
+    k = sum(part.shape[1] for part in parts)
+    _columns("parts, side by side,", k)
+    _site("parts", k, basis, signs, block)
+    _device("parts[0]", first, basis=basis, signs=signs)
+
+
+def _site(name: str, k: int, basis: Tensor | None, signs: Tensor | None, block: int) -> None:
     if basis is not None:
         _shape("basis", basis, k, "r")
         _dtype("basis", basis, torch.bfloat16)
@@ -58,8 +78,7 @@ def rotation(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) 
         _shape("signs", signs, k)
         _dtype("signs", signs, torch.int8)
         if block < 1 or block & (block - 1) or k % block:
-            raise ValueError(f"block is {block}; a power of two that divides the {k} columns of x is needed")
-    _device("x", x, basis=basis, signs=signs)
+            raise ValueError(f"block is {block}; a power of two that divides the {k} columns of {name} is needed")
 
 
 def quantization(mode: str) -> None:

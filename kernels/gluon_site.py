@@ -4,6 +4,9 @@ A program keeps tiles of x on their way from memory (the tensor memory accelerat
 that the next ones arrive while it computes. In the second pass it also holds the operators of its 128 columns, D H
 [128, 128] and −G = −Uᵀ D H [64, 128]: v = x (D H) − z G. A thread of the matrix instruction holds pairs of columns of
 the result. The operators' columns are renumbered (`_target`) so that those are 16 neighbours, stored at once.
+
+x may lie in two parts: `x_desc` then describes its first `split` columns, a multiple of 128, and `x1_desc` the others.
+`x1_desc` is None where x lies in one part, and the kernel then the same as without it.
 """
 
 from triton.experimental import gluon
@@ -186,16 +189,26 @@ def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
 
 
 @gluon.jit
-def _copy_x(x_desc, x_bufs, full, slot, tile, first, BYTES: gl.constexpr):
+def _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile, first, BYTES: gl.constexpr):
     ready = full.index(slot)
     mbarrier.expect(ready, BYTES)
-    copy_in(x_desc, [tile * BM, first], ready, x_bufs.index(2 * slot))
-    copy_in(x_desc, [tile * BM, first + HALF], ready, x_bufs.index(2 * slot + 1))
+    if x1_desc is None:
+        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
+    elif first < split:  # the same for all threads and tiles of a program
+        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
+    else:
+        _copy_columns(x1_desc, x_bufs, ready, slot, tile * BM, first - split)
+
+
+@gluon.jit
+def _copy_columns(part_desc, x_bufs, ready, slot, row, col):
+    copy_in(part_desc, [row, col], ready, x_bufs.index(2 * slot))
+    copy_in(part_desc, [row, col + HALF], ready, x_bufs.index(2 * slot + 1))
 
 
 @gluon.jit
 def site_quantize_hopper_kernel(
-    x_desc, z_desc, basis_desc, signs_ptr, scale_ptr, codes_ptr, M, K, norm,
+    x_desc, x1_desc, split, z_desc, basis_desc, signs_ptr, scale_ptr, codes_ptr, M, K, norm,
     PROJECT: gl.constexpr, BLOCK: gl.constexpr, MODE: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -226,7 +239,7 @@ def site_quantize_hopper_kernel(
         copy_in(basis_desc, [first + HALF, 0], ready, x_bufs.index(2 * STAGES - 1))
     for slot in gl.static_range(STAGES - 1):
         if tile + slot * step < tiles:
-            _copy_x(x_desc, x_bufs, full, slot, tile + slot * step, first, bytes)
+            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile + slot * step, first, bytes)
 
     top = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 0, BLOCK))
     low = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 64, BLOCK))
@@ -247,7 +260,7 @@ def site_quantize_hopper_kernel(
         fence_async_shared()
         barrier()
     if tile + (STAGES - 1) * step < tiles:
-        _copy_x(x_desc, x_bufs, full, STAGES - 1, tile + (STAGES - 1) * step, first, bytes)
+        _copy_x(x_desc, x1_desc, split, x_bufs, full, STAGES - 1, tile + (STAGES - 1) * step, first, bytes)
     wait_for_previous_kernel()
     let_next_kernel_start()
     if PROJECT:
@@ -273,7 +286,7 @@ def site_quantize_hopper_kernel(
         barrier()
         ahead = tile + STAGES * step
         if ahead < tiles:
-            _copy_x(x_desc, x_bufs, full, slot, ahead, first, bytes)
+            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, ahead, first, bytes)
             if PROJECT:
                 copy_in(z_desc, [ahead * BM, 0], full.index(slot), z_bufs.index(slot))
         following = rows + step * BM
@@ -291,17 +304,28 @@ def site_quantize_hopper_kernel(
 
 
 @gluon.jit
-def _copy_step(x_desc, basis_desc, x_bufs, u_bufs, full, slot, row, col, WIDTH: gl.constexpr):
+def _copy_step(x_desc, x1_desc, split, basis_desc, x_bufs, u_bufs, full, slot, row, col, WIDTH: gl.constexpr):
     ready = full.index(slot)
     mbarrier.expect(ready, 2 * WIDTH * TILE_BYTES)
-    for part in gl.static_range(WIDTH):
-        copy_in(x_desc, [row, col + part * HALF], ready, x_bufs.index(slot * WIDTH + part))
-        copy_in(basis_desc, [col + part * HALF, 0], ready, u_bufs.index(slot * WIDTH + part))
+    if x1_desc is None:
+        _copy_operands(x_desc, basis_desc, x_bufs, u_bufs, ready, slot, row, col, col, WIDTH)
+    elif col < split:
+        _copy_operands(x_desc, basis_desc, x_bufs, u_bufs, ready, slot, row, col, col, WIDTH)
+    else:
+        _copy_operands(x1_desc, basis_desc, x_bufs, u_bufs, ready, slot, row, col - split, col, WIDTH)
+
+
+@gluon.jit
+def _copy_operands(part_desc, basis_desc, x_bufs, u_bufs, ready, slot, row, col, u_row, WIDTH: gl.constexpr):
+    """Columns of x from `col` of its part on, and the rows of U that they meet."""
+    for i in gl.static_range(WIDTH):
+        copy_in(part_desc, [row, col + i * HALF], ready, x_bufs.index(slot * WIDTH + i))
+        copy_in(basis_desc, [u_row + i * HALF, 0], ready, u_bufs.index(slot * WIDTH + i))
 
 
 @gluon.jit
 def site_project_hopper_kernel(
-    x_desc, basis_desc, partial_ptr, squares_ptr, z_ptr, scale_ptr, M, K, r, factor,
+    x_desc, x1_desc, split, basis_desc, partial_ptr, squares_ptr, z_ptr, scale_ptr, M, K, r, factor,
     PROJECT: gl.constexpr, ALONE: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """partial [chunks, M, 64] and squares [chunks, M], fp32: x U and ‖x‖² over every chunks-th 64 WIDTH columns.
@@ -326,7 +350,8 @@ def site_project_hopper_kernel(
     barrier()
     for slot in gl.static_range(STAGES):
         if slot < steps:
-            _copy_step(x_desc, basis_desc, x_bufs, u_bufs, full, slot, row, first + slot * span, WIDTH)
+            col = first + slot * span
+            _copy_step(x_desc, x1_desc, split, basis_desc, x_bufs, u_bufs, full, slot, row, col, WIDTH)
     total = gl.zeros([BM, RANKS], gl.float32, mma)
     squares = gl.zeros([BM, HALF], gl.float32, operand)
     slot = 0
@@ -345,7 +370,7 @@ def site_project_hopper_kernel(
         barrier()
         if i + STAGES < steps:
             ahead = first + (i + STAGES) * span
-            _copy_step(x_desc, basis_desc, x_bufs, u_bufs, full, slot, row, ahead, WIDTH)
+            _copy_step(x_desc, x1_desc, split, basis_desc, x_bufs, u_bufs, full, slot, row, ahead, WIDTH)
         slot += 1
         if slot == STAGES:
             slot = 0

@@ -31,6 +31,8 @@ API_VERSION = 5
 SCHEMAS = {
     "rotate_quantize": "(Tensor x, Tensor? basis, Tensor? signs, int block, str mode)"
     " -> (Tensor codes, Tensor scale, Tensor z)",
+    "rotate_quantize_parts": "(Tensor[] parts, Tensor? basis, Tensor? signs, int block, str mode)"
+    " -> (Tensor codes, Tensor scale, Tensor z)",
     "rotate": "(Tensor x, Tensor? basis, Tensor? signs, int block) -> (Tensor v, Tensor z)",
     "linear_a8": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype, bool gelu=False) -> Tensor",
@@ -67,6 +69,19 @@ def rotate_quantize(
     Raises ValueError naming the argument and the rule it breaks.
     """
     return torch.ops.dirotq.rotate_quantize.default(x, basis, signs, block, mode)
+
+
+def rotate_quantize_parts(
+    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotate_quantize` of `torch.cat(parts, 1)`, to the last bit.
+
+    parts [M, K_i], at least one, of one dtype and device, rows may be strided; K = Σ K_i is a multiple of 64, any K_i
+    will do. Hopper's kernels of the common site read two bf16 parts where they lie if K_0 and K are multiples of 128
+    (`triton_site.reads_apart`); elsewhere the parts are concatenated first. Not differentiable.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.rotate_quantize_parts.default(list(parts), basis, signs, block, mode)
 
 
 def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
@@ -198,6 +213,13 @@ def _rotate_quantize(x, basis, signs, block, mode):
     return implementation("rotate_quantize", x.device, _block(signs, block))(x, basis, signs, block, mode)
 
 
+def _rotate_quantize_parts(parts, basis, signs, block, mode):
+    checks.rotation_of_parts(parts, basis, signs, block)
+    checks.quantization(mode)
+    run = implementation("rotate_quantize_parts", parts[0].device, _block(signs, block))
+    return run(parts, basis, signs, block, mode)
+
+
 def _rotate(x, basis, signs, block):
     checks.rotation(x, basis, signs, block)
     return implementation("rotate", x.device, _block(signs, block))(x, basis, signs, block)
@@ -250,11 +272,21 @@ def _rank(basis: Tensor | None) -> int:
 def _fake_rotate_quantize(x, basis, signs, block, mode):
     checks.rotation(x, basis, signs, block)
     checks.quantization(mode)
+    return _fake_quantized(x, x.shape[1], basis)
+
+
+def _fake_quantized(x, k, basis):
     return (
-        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((x.shape[0], k), dtype=torch.int8),
         x.new_empty(x.shape[:1], dtype=torch.float32),
         x.new_empty((x.shape[0], _rank(basis)), dtype=torch.bfloat16),
     )
+
+
+def _fake_rotate_quantize_parts(parts, basis, signs, block, mode):
+    checks.rotation_of_parts(parts, basis, signs, block)
+    checks.quantization(mode)
+    return _fake_quantized(parts[0], sum(part.shape[1] for part in parts), basis)
 
 
 def _fake_rotate(x, basis, signs, block):
@@ -364,6 +396,7 @@ _LIBRARY = "_library"
 # name: what runs, its shapes, and (what backward keeps, backward) if differentiable
 _OPS: dict[str, tuple[Any, Any, Any]] = {
     "rotate_quantize": (_rotate_quantize, _fake_rotate_quantize, None),
+    "rotate_quantize_parts": (_rotate_quantize_parts, _fake_rotate_quantize_parts, None),
     "rotate": (_rotate, _fake_rotate, (_setup_rotate, _backward_rotate)),
     "linear_a8": (_linear_a8, _fake_linear_a8, None),
     "linear_a8_siblings": (_linear_a8_siblings, _fake_linear_a8_siblings, None),

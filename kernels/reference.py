@@ -63,6 +63,13 @@ def rotate_quantize(
     return quantize(v, scale, mode), scale, z
 
 
+def rotate_quantize_parts(
+    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotate_quantize` of the parts side by side."""
+    return rotate_quantize(torch.cat(list(parts), 1), basis, signs, block, mode)
+
+
 def row_scale(x: Tensor, basis: Tensor | None, mode: str) -> Tensor:
     """Scale fp32 [M]: a fixed multiple of rms(v), of which ‖v‖² = ‖x‖² − ‖x U‖²."""
     x = x if x.dtype == torch.float64 else x.float()

@@ -5,6 +5,8 @@ lives in registers only. Each partial sum is written by one program and combined
 vary from run to run.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -242,7 +244,7 @@ def rotate_quantize(
 
     with torch.cuda.device_of(x):
         if signs is not None and triton_site.applies(x, basis, signs, block):
-            return triton_site.rotate_quantize(x, basis, signs, block, mode)
+            return triton_site.rotate_quantize([x], basis, signs, block, mode)
         if signs is not None and basis is not None and triton_site.applies(x, None, signs, block):
             return _wide_site(x, basis, signs, block, mode)
         site = _Site(x, basis, signs, block)
@@ -257,6 +259,17 @@ def rotate_quantize(
         return codes, scale, site.z
 
 
+def rotate_quantize_parts(
+    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton_site
+
+    with torch.cuda.device_of(parts[0]):
+        if signs is not None and triton_site.reads_apart(parts, basis, signs, block):
+            return triton_site.rotate_quantize(parts, basis, signs, block, mode)
+        return rotate_quantize(torch.cat(list(parts), 1), basis, signs, block, mode)
+
+
 def _wide_site(x: Tensor, basis: Tensor, signs: Tensor, block: int, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """A subspace wider than the kernels of `triton_site` hold: the library's products, then those kernels without one.
 
@@ -267,7 +280,7 @@ def _wide_site(x: Tensor, basis: Tensor, signs: Tensor, block: int, mode: str) -
     with torch.autocast(x.device.type, enabled=False):  # as the kernels, which know of no autocast
         z = x @ basis
         residual = torch.addmm(x, z, basis.T, alpha=-1)
-    codes, scale, _ = triton_site.rotate_quantize(residual, None, signs, block, mode)
+    codes, scale, _ = triton_site.rotate_quantize([residual], None, signs, block, mode)
     return codes, scale, z
 
 

@@ -6,6 +6,7 @@ operand. x, D H and z are exact in bf16; G is held as the sum of two bf16 parts.
 (`hopper_site`).
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -165,12 +166,12 @@ def site_quantize_kernel(
 
 
 def applies(x: Tensor, basis: Tensor | None, signs: Tensor, block: int) -> bool:
-    """Whether these kernels compute this site; those of `triton_rotate` compute every site."""
+    """Whether these kernels compute this site; those of `triton_rotate` compute every site. x: all of it, or a part."""
     rank = 0 if basis is None else basis.shape[1]
     return (
         x.dtype == torch.bfloat16
         and block <= COLUMNS.value
-        and x.shape[1] % COLUMNS.value == 0
+        and signs.shape[0] % COLUMNS.value == 0
         and rank <= RANKS.value
         and torch.version.hip is None
     )
@@ -213,17 +214,36 @@ def _chip(kind: str, index: int | None) -> tuple[int, bool]:
     return chip.multi_processor_count, gluon and (chip.major, chip.minor) == (9, 0)
 
 
+def _on_hopper(x: Tensor, basis: Tensor | None) -> bool:
+    """Whether the kernels of `hopper_site` compute a site to which these apply."""
+    rank = 0 if basis is None else basis.shape[1]
+    return _chip(x.device.type, x.device.index)[1] and x.shape[0] > 0 and rank % 8 == 0
+
+
+def reads_apart(parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor, block: int) -> bool:
+    """Whether `rotate_quantize` takes x in these parts [M, K_i] rather than side by side in one matrix.
+
+    The kernels of `hopper_site` choose between two parts wherever they read columns, which are 128 at a time.
+    """
+    x = parts[0]
+    split = x.shape[1]
+    divided = len(parts) == 2 and 0 < split < signs.shape[0] and split % COLUMNS.value == 0
+    return divided and applies(x, basis, signs, block) and _on_hopper(x, basis)
+
+
 def rotate_quantize(
-    x: Tensor, basis: Tensor | None, signs: Tensor, block: int, mode: str
+    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor, block: int, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    m, k = x.shape
+    """Codes, scale and z of x: a single part, or those of which `reads_apart` says so."""
+    x = parts[0]
+    m, k = x.shape[0], signs.shape[0]
     rank = 0 if basis is None else basis.shape[1]
     z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
-    multiprocessors, hopper = _chip(x.device.type, x.device.index)
-    if hopper and m and rank % 8 == 0:
+    multiprocessors, _ = _chip(x.device.type, x.device.index)
+    if _on_hopper(x, basis):
         from . import hopper_site
 
-        codes, scale = hopper_site.rotate_quantize(x, basis, signs, block, mode, z, multiprocessors)
+        codes, scale = hopper_site.rotate_quantize(parts, basis, signs, block, mode, z, multiprocessors)
         return codes, scale, z
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -245,9 +265,9 @@ def rotate_quantize(
         partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
         CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=False, BM=16, num_warps=4, **OPTIONS,
     )  # fmt: skip
-    row_tiles, parts = triton.cdiv(m, site["BM"]), k // site["OUT"]
-    tiles = tiles_per_program(row_tiles, parts, multiprocessors)
-    site_quantize_kernel[(parts, triton.cdiv(row_tiles, tiles))](
+    row_tiles, strips = triton.cdiv(m, site["BM"]), k // site["OUT"]
+    tiles = tiles_per_program(row_tiles, strips, multiprocessors)
+    site_quantize_kernel[(strips, triton.cdiv(row_tiles, tiles))](
         x, z, basis, signs.contiguous(), scale, codes, m, k, rank, x.stride(0), block**-0.5, tiles,
         PROJECT=rank > 0, BLOCK=block, MODE=mode, **site, **OPTIONS,
     )  # fmt: skip

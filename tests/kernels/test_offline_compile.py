@@ -344,7 +344,7 @@ def test_hopper_packed_product_compiles(name, gelu, rows, shared, tmp_path):
 
 
 SITE_TYPES = {
-    **dict.fromkeys(("x_desc", "z_desc", "basis_desc"), ("bf16", 64, 64)),
+    **dict.fromkeys(("x_desc", "x1_desc", "z_desc", "basis_desc"), ("bf16", 64, 64)),
     **{"signs_ptr": "*i8", "codes_ptr": "*i8", "z_ptr": "*bf16", "norm": "fp32", "factor": "fp32"},
     **dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32"),
 }
@@ -354,12 +354,16 @@ def site_types():
     return {name: kind if isinstance(kind, str) else descriptor(*kind) for name, kind in SITE_TYPES.items()}
 
 
+ONE_OR_TWO_PARTS = pytest.mark.parametrize("x", [{"x1_desc": None}, {}], ids=["one part", "two parts"])
+
+
 @needs_gluon
+@ONE_OR_TWO_PARTS
 @pytest.mark.parametrize("mode", ["codebook", "int4", "int8"])
-def test_hopper_quantize_compiles(mode, tmp_path):
+def test_hopper_quantize_compiles(mode, x, tmp_path):
     from dirotq.kernels import gluon_site, hopper_site
 
-    values = {**PROJECTED, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
+    values = {**PROJECTED, **x, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
     compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, site_types(), values, tmp_path)
     assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
@@ -368,11 +372,12 @@ def test_hopper_quantize_compiles(mode, tmp_path):
 @needs_gluon
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_hopper_project_compiles(alone, project, tmp_path):
+@ONE_OR_TWO_PARTS
+def test_hopper_project_compiles(x, alone, project, tmp_path):
     from dirotq.kernels import gluon_site, hopper_site
 
     tile = {"WIDTH": hopper_site.PROJECT_WIDTH, "STAGES": hopper_site.PROJECT_STAGES}
-    values = {"PROJECT": project, "ALONE": alone, **tile}
+    values = {"PROJECT": project, "ALONE": alone, **x, **tile}
     compiled = compile_gluon(gluon_site.site_project_hopper_kernel, site_types(), values, tmp_path)
     assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])

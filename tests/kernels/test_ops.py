@@ -36,6 +36,8 @@ def samples():
     return {
         "rotate_quantize": (*case.arguments, "codebook"),
         "rotate_quantize, bare": (case.x, None, None, 1, "int8"),
+        "rotate_quantize_parts": (case.x.split([100, 92], 1), *case.arguments[1:], "codebook"),
+        "rotate_quantize_parts, bare": ([case.x], None, None, 1, "int8"),
         "rotate": (x, *single.arguments[1:]),
         "linear_a8": (codes, scale, z, *rest, torch.bfloat16),
         "linear_a8, bare": (codes, scale, None, w.weight, w.row_scale, None, None, table, torch.float32),
@@ -233,7 +235,7 @@ def test_two_copies_share_the_ops(tmp_path):
 
 def test_a_copy_of_another_version_is_refused(tmp_path):
     ops = copy_of_kernels(tmp_path) / "kernels" / "ops.py"
-    ops.write_text(ops.read_text().replace("API_VERSION = 4\n", "API_VERSION = 5\n"))
+    ops.write_text(ops.read_text().replace("API_VERSION = 5\n", "API_VERSION = 6\n"))
     code = "import dirotq.kernels\ntry:\n    import cloned.kernels\nexcept ImportError as error:\n    print(error)"
     said = run_python(code, cwd=tmp_path)
-    assert "API version 5" in said and "version 4" in said and str(ops) in said
+    assert "API version 6" in said and "version 5" in said and str(ops) in said
