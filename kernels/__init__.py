@@ -19,6 +19,7 @@ from .lattice import (
     unpack_int4,
 )
 from .narrow import TRITS, pack_bits, pack_trits, unpack_bits, unpack_trits, widen, widen_trits
+from .norm import norm_modulate
 from .ops import (
     API_VERSION,
     dequantize,
@@ -57,6 +58,7 @@ __all__ = [
     "linear_a8_siblings",
     "linear_a16",
     "linear_nvfp4",
+    "norm_modulate",
     "nvfp4_scale",
     "pack_bits",
     "pack_int4",

@@ -28,6 +28,7 @@ _TRITON_MODULE = {
     "linear_nvfp4": "triton_fp4",
     "round_columns": "triton_gptq",
     "qk_norm_rope": "triton_attention",
+    "norm_modulate": "triton_norm",
 }
 _LARGEST_TRITON_BLOCK = 128
 _OLDEST_TRITON = (3, 4)

@@ -321,3 +321,24 @@ def qk_norm_rope(
         _shape(name, angles, length, d)
         _dtype(name, angles, torch.float32)
     _device("queries[0]", first, cos=cos, sin=sin)
+
+
+def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> None:
+    if not parts:
+        raise ValueError("parts is empty; at least one is needed")
+    first = parts[0]
+    _shape("parts[0]", first, "B", "S", "D")
+    _dtype("parts[0]", first, *FLOATS)
+    batch, _, d = first.shape
+    if not d:
+        raise ValueError("parts[0] has 0 columns; at least one is needed")
+    for i, x in enumerate(parts[1:], 1):
+        _shape(f"parts[{i}]", x, batch, "S", d)
+        _dtype(f"parts[{i}]", x, first.dtype)
+        _device("parts[0]", first, **{f"parts[{i}]": x})
+    for name, row in (("scale", scale), ("shift", shift)):
+        _shape(name, row, batch, d)
+        _dtype(name, row, first.dtype)
+    _device("parts[0]", first, scale=scale, shift=shift)
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; a positive number is needed")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, checks
+from . import attention, checks, norm
 from .backend import implementation
 from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
@@ -46,6 +46,7 @@ SCHEMAS = {
     " Tensor weight_block_scale, Tensor weight_scale, Tensor? low_rank, Tensor? bias, ScalarType out_dtype) -> Tensor",
     "dequantize": "(Tensor weight, Tensor weight_scale, int[] table, ScalarType dtype) -> Tensor",
     "qk_norm_rope": attention.SCHEMA,
+    "norm_modulate": norm.SCHEMA,
 }
 
 
@@ -405,6 +406,7 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),
     "qk_norm_rope": (attention.run, attention.fake, None),
+    "norm_modulate": (norm.run, norm.fake, None),
 }
 
 

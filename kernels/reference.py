@@ -257,3 +257,12 @@ def _norm_rope(parts: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor, 
     even, odd = x.unflatten(3, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], -1).flatten(3)
     return (x.float() * cos[:, None] + turned.float() * sin[:, None]).to(x.dtype)
+
+
+def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Parts side by side, layer norm over their columns in fp32, times 1 + scale, plus shift."""
+    x = torch.cat(list(parts), 1).float()
+    x = x - x.mean(-1, keepdim=True)
+    x -= x.mean(-1, keepdim=True)  # what the rounded mean of a row far from zero has left
+    x *= (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x * (1 + scale[:, None].float()) + shift[:, None].float()).to(scale.dtype)

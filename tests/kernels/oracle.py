@@ -103,6 +103,11 @@ def linear_a8(codes, scale, z, packed, weight_scale, low_rank, bias, table):
     return y + (0 if z is None else z @ low_rank.T) + (0 if bias is None else bias)
 
 
+def gelu(y):
+    """Hendrycks and Gimpel's tanh form (arXiv 1606.08415)."""
+    return y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+
+
 def grouped_weight(packed, weight_scale, table):
     """Unrounded W4A16 weight; weight_scale [N, 1] or [N, K/64]."""
     values = unpack(packed, table)

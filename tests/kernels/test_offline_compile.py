@@ -20,6 +20,7 @@ from dirotq.kernels import (  # noqa: E402
     triton_fp4,
     triton_gptq,
     triton_linear,
+    triton_norm,
     triton_rotate,
     triton_site,
     triton_unpack,
@@ -123,7 +124,7 @@ def compile_for(target, kernel, pointers, values):
                 else "i32"
             )
             signature[name] = kind
-            if name.endswith("_ptr") or name in ("K", "r", "stride_x"):  # as a launch finds them
+            if name.endswith(("_ptr", "_batch", "_token")) or name in ("K", "r", "stride_x"):  # as a launch finds them
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     try:
@@ -263,6 +264,21 @@ def test_qk_norm_rope_compiles(chip, tmp_path):
     pointers = {name: "fp32" if name in ("cos_ptr", "sin_ptr") else "bf16" for name in kernel.arg_names}
     compiled = compile_for(target, kernel, pointers, {"D": 128, **triton_attention.TILE})
     check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(1152, "bf16"), (3072, "bf16"), (3072, "fp16"), (3072, "fp32"), (5120, "bf16"), (16384, "bf16")]
+)
+@pytest.mark.parametrize("chip", TARGETS)
+def test_norm_modulate_compiles(chip, d, dtype, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    kernel = triton_norm.norm_modulate_kernel
+    pointers = dict.fromkeys(kernel.arg_names, dtype)
+    compiled = compile_for(target, kernel, pointers, {"D": d, **triton_norm.blocks(d)})
+    check(compiled, target, shared_memory, tmp_path)
+    if target.backend == "cuda":  # every access of 16 bytes: rows of the parts, scale, shift; what is written
+        accesses = re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"])
+        assert accesses and all(".v4.b32" in access for access in accesses)
 
 
 def compile_gluon(kernel, types, values, folder):

@@ -49,6 +49,7 @@ def samples():
         "linear_nvfp4, bare": (*nvfp4[0], None, *nvfp4[1], None, None, torch.float32),
         "dequantize": (w.weight, w.group_scale, table, torch.bfloat16),
         "qk_norm_rope": ([heads], [heads], [heads[0, 0, 0]], [heads[0, 0, 1]], heads[0, :, 0], heads[0, :, 1], 1e-6),
+        "norm_modulate": ([heads[0], heads[0, :, 1:]], heads[0, :, 0], heads[0, :, 1], 1e-6),
     }
 
 

@@ -132,6 +132,26 @@ def test_linear_a8(m, n, groups, rank, with_bias, table):
     assert torch.equal(rounded, y.bfloat16())
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=5), st.booleans())
+def test_gelu_of_siblings(ns, named):
+    codes, scale = cases.lattice(5, 64)
+    z = torch.randn(5, 3).bfloat16()
+    own = [cases.weights(n, 64, 3, dtype=torch.float32, seed=i) for i, (n, _) in enumerate(ns)]
+    curved = [flag for _, flag in ns] if named else []
+    table = kernels.CODEBOOK16
+    columns = [[w.weight for w in own], [w.row_scale for w in own], [w.low_rank for w in own], [w.bias for w in own]]
+    y = kernels.linear_a8_siblings(codes, scale / 100, z, *columns, table, torch.float32, curved)
+    for i, (part, w) in enumerate(zip(y.split([n for n, _ in ns], 1), own, strict=True)):
+        expected = oracle.linear_a8(
+            f64(codes), f64(scale / 100), f64(z), w.weight.numpy(), f64(w.row_scale), f64(w.low_rank), f64(w.bias), table
+        )
+        flag = bool(curved) and curved[i]
+        np.testing.assert_allclose(f64(part), oracle.gelu(expected) if flag else expected, rtol=1e-4, atol=1e-5)
+        single = w.weight, w.row_scale, w.low_rank, w.bias, table, torch.float32, flag
+        assert torch.equal(part, kernels.linear_a8(codes, scale / 100, z, *single))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("rank", [0, 3])

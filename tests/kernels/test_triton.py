@@ -142,22 +142,37 @@ def test_linear_a8(m, k, n, device, dtype):
         cases.assert_close(single, by_reference(kernels.linear_a8, codes, scale, z, *rest, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k", "n", "device"), shapes())
+def test_gelu(m, k, n, device, dtype):
+    """Over outputs from far below zero, where GELU ends at −0, to far above."""
+    codes, scale = cases.lattice(m, k, device)
+    w = cases.weights(n, k, 8, dtype=dtype, device=device)
+    z = torch.randn(m, 8, generator=torch.Generator().manual_seed(4)).bfloat16().to(device)
+    rest = (w.weight, w.row_scale / 20, w.low_rank, w.bias, kernels.CODEBOOK16, dtype, True)
+    y = kernels.linear_a8(codes, scale, z, *rest)
+    cases.assert_close(y, by_reference(kernels.linear_a8, codes, scale, z, *rest))
+
+
+@pytest.mark.parametrize("gelu", [(), (False, False, False, True), (True, False, True, False), (True,) * 4])
 @pytest.mark.parametrize("rank", [0, 33, 64])
 @pytest.mark.parametrize(
     ("m", "k", "ns", "device"),
     on(
-        [(5, 128, (33, 64, 1))], [(m, 3072, (3072, 3072, 3072, 12288)) for m in cases.TOKENS] + [(77, 192, (33, 7, 64))]
+        [(5, 128, (33, 64, 1))],
+        [(m, 3072, (3072, 3072, 3072, 12288)) for m in cases.TOKENS] + [(77, 192, (33, 7, 64)), (700, 192, (40, 7, 64))],
     ),
 )
-def test_siblings_are_their_linears_side_by_side(m, k, ns, device, rank):
+def test_siblings_are_their_linears_side_by_side(m, k, ns, device, rank, gelu):
     codes, scale = cases.lattice(m, k, device)
     own = [cases.weights(n, k, rank, device=device, seed=i) for i, n in enumerate(ns)]
     z = torch.randn(m, rank, generator=torch.Generator().manual_seed(4)).bfloat16().to(device) if rank else None
     low_ranks = [w.low_rank for w in own] if rank else []
     columns = [w.weight for w in own], [w.row_scale / 100 for w in own], low_ranks, [w.bias for w in own]
-    y = kernels.linear_a8_siblings(codes, scale, z, *columns, kernels.CODEBOOK16, torch.bfloat16)
-    for part, w in zip(y.split(ns, 1), own, strict=True):
-        rest = (w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16)
+    gelu = gelu[: len(ns)]
+    y = kernels.linear_a8_siblings(codes, scale, z, *columns, kernels.CODEBOOK16, torch.bfloat16, gelu)
+    for part, w, curved in zip(y.split(ns, 1), own, gelu or [False] * len(ns), strict=True):
+        rest = (w.weight, w.row_scale / 100, w.low_rank, w.bias, kernels.CODEBOOK16, torch.bfloat16, curved)
         cases.assert_close(part, by_reference(kernels.linear_a8, codes, scale, z, *rest))
 
 
@@ -184,12 +199,13 @@ def hopper_case(m, k, n, rank):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("rank", [0, 64, 128])
 @pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (4608, 15360, 3072)])
-def test_strategies_agree(m, k, n, rank, monkeypatch):
+def test_strategies_agree(m, k, n, rank, gelu, monkeypatch):
     from dirotq.kernels import hopper_packed, triton_linear
 
-    arguments = hopper_case(m, k, n, rank)
+    arguments = *hopper_case(m, k, n, rank), gelu
     y = kernels.linear_a8(*arguments)
     monkeypatch.setattr(hopper_packed, "takes", lambda *_: False)
     assert torch.equal(y, kernels.linear_a8(*arguments))

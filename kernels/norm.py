@@ -1,0 +1,35 @@
+"""The op between a transformer block's modulation and its projections."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import implementation
+
+SCHEMA = "(Tensor[] parts, Tensor scale, Tensor shift, float eps) -> Tensor"
+
+
+def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Adaptive layer norm of tokens x [B, S, D]: y = LN(x) · (1 + scale) + shift.
+
+    parts: x as parts [B, S_i, D] (text, then image), put side by side along S = Σ S_i; bf16, fp16 or fp32, any strides,
+    but copied first if the columns of a token are not next to one another. scale, shift [B, D] in that dtype, likewise.
+    LN(x) = (x − mean) / √(var + eps) over the D columns, with the biased variance; eps is positive. Everything is fp32
+    and is rounded once. ‖x‖² must lie within fp32. Not differentiable.
+    Returns y [B, S, D] contiguous, in the dtype of x.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.norm_modulate.default(list(parts), scale, shift, eps)
+
+
+def run(parts, scale, shift, eps):
+    checks.norm_modulate(parts, scale, shift, eps)
+    return implementation("norm_modulate", parts[0].device)(parts, scale, shift, eps)
+
+
+def fake(parts, scale, shift, eps):
+    checks.norm_modulate(parts, scale, shift, eps)
+    batch, _, d = parts[0].shape
+    return parts[0].new_empty((batch, sum(x.shape[1] for x in parts), d))
