@@ -15,8 +15,8 @@ from dirotq.dirotq_core.backend import attach_quantizer
 from dirotq.dirotq_core.build import solved_modules, swapped
 from dirotq.dirotq_core.codebooks import WeightFormat
 from dirotq.dirotq_core.config import DiRotQConfig
+from dirotq.dirotq_core.input_site import SiteMemo
 from dirotq.dirotq_core.layout import SitePlan, linear_at, plan_sites
-from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.dirotq_core.solve import SolvedSite
 from dirotq.dirotq_core.transforms import random_signs
 from dirotq.kernels import pack_int4

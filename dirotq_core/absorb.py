@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .linear import DiRotQLinear, InputSite
+from .input_site import InputSite
+from .linear import DiRotQLinear
 
 #: Kernels read rows of the branch 16 bytes at a time, so it grows by whole multiples of this.
 ALIGNMENT = 8

@@ -28,8 +28,9 @@ from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tens
 from .config import DiRotQConfig
 from .diffusers_habits import ignore_fusing, stop_ignoring_fusing
 from .files import check_files, check_headers, read_headers
+from .input_site import InputSite
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
-from .linear import DiRotQLinear, InputSite
+from .linear import DiRotQLinear
 from .methods import method
 from .offloading import check_readable, check_ungrouped, offloaded
 from .peft_habits import forget_merging, remember_merging

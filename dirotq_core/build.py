@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .config import DiRotQConfig
+from .input_site import InputSite, SiteMemo
 from .layout import SitePlan, linear_at
-from .linear import DiRotQLinear, InputSite, SiteMemo
+from .linear import DiRotQLinear
 from .solve import SolvedSite
 
 

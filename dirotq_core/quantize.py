@@ -13,8 +13,8 @@ from .backend import DENSE_DTYPES, attach_quantizer
 from .build import quantized_linears, solved_modules, swapped
 from .calibrate import Calibration
 from .config import DiRotQConfig
+from .input_site import SiteMemo
 from .layout import SitePlan, linear_at, plan_sites, sparing_float32
-from .linear import SiteMemo
 from .report import QuantizationReport
 from .solve import SolvedSite, solve_site
 

@@ -12,8 +12,8 @@ from torch import nn
 from ..build import replace_linears, solved_modules
 from ..calibrate import HELD_OUT_TOKENS, Calibration
 from ..config import DiRotQConfig
+from ..input_site import SiteMemo
 from ..layout import SitePlan
-from ..linear import SiteMemo
 from ..quantize import solve_all
 from ..solve import LinearReport
 from .blocks import Block, call_block, materialize, release, to_device

@@ -9,8 +9,9 @@ import torch
 from diffusers.hooks import apply_group_offloading
 
 from dirotq.dirotq_core import adaptive
+from dirotq.dirotq_core.input_site import InputSite, SiteMemo
 from dirotq.dirotq_core.layout import SitePlan
-from dirotq.dirotq_core.linear import DiRotQLinear, InputSite, SiteMemo
+from dirotq.dirotq_core.linear import DiRotQLinear
 from dirotq.dirotq_core.transforms import SiteStatistics
 
 from ..backend.versions import groups_on_cpu

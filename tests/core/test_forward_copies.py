@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dirotq.dirotq_core.input_site import InputSite, SiteMemo
 from dirotq.dirotq_core.layout import SitePlan
-from dirotq.dirotq_core.linear import DiRotQLinear, InputSite, SiteMemo
+from dirotq.dirotq_core.linear import DiRotQLinear
 from dirotq.dirotq_core.methods import METHODS
 from dirotq.kernels import decode, ops
 

@@ -7,7 +7,7 @@ import torch
 
 from dirotq import set_activation_bits
 from dirotq.dirotq_core.build import quantized_linears
-from dirotq.dirotq_core.linear import SiteMemo
+from dirotq.dirotq_core.input_site import SiteMemo
 from dirotq.kernels import ops
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dirotq
-from dirotq.dirotq_core import linear as linear_module
+from dirotq.dirotq_core import input_site
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.checkpoint import CheckpointError, check_values
 from dirotq.dirotq_core.inspect import inspect_checkpoint
@@ -138,13 +138,13 @@ def test_block_scales_are_finite_and_not_negative(wrong):
 
 
 def test_the_slower_path_says_so_once(caplog):
-    linear_module._say_once.cache_clear()
+    input_site._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             linear_module._say_slower("cuda", "2-bit weights are widened to 4 bits before every product")
         linear_module._say_slower("cpu", "nothing")
     assert [r.message.count("2-bit") for r in caplog.records] == [1]
-    linear_module._say_once.cache_clear()
+    input_site._say_once.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

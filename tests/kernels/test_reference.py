@@ -143,9 +143,8 @@ def test_gelu_of_siblings(ns, named):
     columns = [[w.weight for w in own], [w.row_scale for w in own], [w.low_rank for w in own], [w.bias for w in own]]
     y = kernels.linear_a8_siblings(codes, scale / 100, z, *columns, table, torch.float32, curved)
     for i, (part, w) in enumerate(zip(y.split([n for n, _ in ns], 1), own, strict=True)):
-        expected = oracle.linear_a8(
-            f64(codes), f64(scale / 100), f64(z), w.weight.numpy(), f64(w.row_scale), f64(w.low_rank), f64(w.bias), table
-        )
+        floats = f64(w.row_scale), f64(w.low_rank), f64(w.bias)
+        expected = oracle.linear_a8(f64(codes), f64(scale / 100), f64(z), w.weight.numpy(), *floats, table)
         flag = bool(curved) and curved[i]
         np.testing.assert_allclose(f64(part), oracle.gelu(expected) if flag else expected, rtol=1e-4, atol=1e-5)
         single = w.weight, w.row_scale, w.low_rank, w.bias, table, torch.float32, flag

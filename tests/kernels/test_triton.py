@@ -160,7 +160,8 @@ def test_gelu(m, k, n, device, dtype):
     ("m", "k", "ns", "device"),
     on(
         [(5, 128, (33, 64, 1))],
-        [(m, 3072, (3072, 3072, 3072, 12288)) for m in cases.TOKENS] + [(77, 192, (33, 7, 64)), (700, 192, (40, 7, 64))],
+        [(m, 3072, (3072, 3072, 3072, 12288)) for m in cases.TOKENS]
+        + [(77, 192, (33, 7, 64)), (700, 192, (40, 7, 64))],
     ),
 )
 def test_siblings_are_their_linears_side_by_side(m, k, ns, device, rank, gelu):

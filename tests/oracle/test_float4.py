@@ -12,8 +12,8 @@ from dirotq.dirotq_core.activations import ACTIVATION_FORMATS, fake_quantize
 from dirotq.dirotq_core.build import solved_modules
 from dirotq.dirotq_core.config import DiRotQConfig
 from dirotq.dirotq_core.float4 import NF4, NVFP4, NormalFloat4
+from dirotq.dirotq_core.input_site import SiteMemo
 from dirotq.dirotq_core.layout import SitePlan
-from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.dirotq_core.solve import solve_site
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from dirotq.dirotq_core.build import dequantize_linears, quantized_linears, solved_modules, swapped
 from dirotq.dirotq_core.config import DiRotQConfig
+from dirotq.dirotq_core.input_site import SiteMemo
 from dirotq.dirotq_core.layout import SitePlan
-from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.dirotq_core.methods import METHODS
 from dirotq.dirotq_core.solve import solve_site
 

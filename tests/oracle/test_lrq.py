@@ -13,8 +13,8 @@ from torch import nn
 from dirotq.dirotq_core.adaptive import ADAPTIVE_ROTATION, GREEDY_STEPS, NO_STEP, fluctuation, zigzag
 from dirotq.dirotq_core.build import solved_modules
 from dirotq.dirotq_core.config import DiRotQConfig
+from dirotq.dirotq_core.input_site import SiteMemo
 from dirotq.dirotq_core.layout import SitePlan
-from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.dirotq_core.solve import solve_site
 from dirotq.dirotq_core.transforms import SiteStatistics
 

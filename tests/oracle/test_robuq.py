@@ -15,8 +15,8 @@ from dirotq.dirotq_core.activations import ACTIVATION_FORMATS
 from dirotq.dirotq_core.allocate import allocate_bits, sensitivities
 from dirotq.dirotq_core.build import solved_modules
 from dirotq.dirotq_core.config import DiRotQConfig
+from dirotq.dirotq_core.input_site import SiteMemo
 from dirotq.dirotq_core.layout import SitePlan
-from dirotq.dirotq_core.linear import SiteMemo
 from dirotq.dirotq_core.solve import solve_site
 from dirotq.dirotq_core.ternary import Ternary
 from dirotq.dirotq_core.ternary_training import TernaryLinear, insert, solved, ternary_values
