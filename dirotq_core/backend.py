@@ -141,6 +141,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
             # The dense skeleton stays until each weight arrives; these modules then take its place.
             skeleton = copy.deepcopy(model)
             self._made = replace_linears(skeleton, plans, config, self.dtype)
+        _fuse_layers(model)  # before accelerate hooks its modules, which then keep the `forward` that they had
         model.register_to_config(quantization_config=config)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -259,6 +260,9 @@ class DiRotQQuantizer(DiffusersQuantizer):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
         stop_ignoring_fusing(model)
+        from .fused_layers import use_plain_layers
+
+        use_plain_layers(model)
         if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
             from .flux_attention import use_plain_attention
 
@@ -297,6 +301,12 @@ def _multiplies_four_bit_lattice(model: nn.Module) -> bool:
     return any(f.lattice and f.bits == 4 for f in formats)
 
 
+def _fuse_layers(model: nn.Module) -> None:
+    from .fused_layers import use_fused_layers  # its classes are those of diffusers' models
+
+    use_fused_layers(model)
+
+
 def _finish(model: Any) -> None:
     """What a quantized model needs besides its modules."""
     # Layerwise casting would store scales and biases of nn.Linear subclasses in float8.
@@ -305,8 +315,9 @@ def _finish(model: Any) -> None:
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
     teach_libraries()
+    _fuse_layers(model)
     if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
-        from .flux_attention import use_fused_attention  # its classes are diffusers' FLUX.1 ones
+        from .flux_attention import use_fused_attention
 
         use_fused_attention(model)
     if is_peft_available():

@@ -83,7 +83,7 @@ def _weight(norm: nn.RMSNorm) -> torch.Tensor:
         return norm.weight
     for hook in hooks:
         hook.pre_forward(norm)
-    weight = norm.weight.detach()
+    weight = norm.weight.clone()  # its memory is another stream's to fill again once the hooks have let it go
     for hook in reversed(hooks):
         hook.post_forward(norm, ())
     return weight

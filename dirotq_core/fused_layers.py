@@ -2,11 +2,13 @@
 
 GELU ends the product before it, norm and modulation are one pass, and FLUX.1's single blocks put neither text and image
 nor attention and MLP together first. Each class is diffusers' own, takes its place in `use_fused_layers`, and computes
-diffusers' steps where something else has to see what lies between them: gradients, LoRAs, hooks.
+diffusers' steps where something else has to see what lies between them: gradients, LoRAs, hooks. Those are called by
+their class's name: a hook may keep a `forward` of these classes when `use_plain_layers` has given diffusers' back.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -30,7 +32,13 @@ def _fits(linear: nn.Module, *around: nn.Module) -> bool:
 
 
 def _plain_norm(norm: Any) -> bool:
-    return type(norm) is nn.LayerNorm and not norm.elementwise_affine and not torch.is_grad_enabled()
+    """Whether `norm_modulate` computes it: it has no gradient."""
+    return (
+        type(norm) is nn.LayerNorm
+        and not norm.elementwise_affine
+        and not torch.is_grad_enabled()
+        and not _observed(norm)
+    )
 
 
 class GELU(activations.GELU):
@@ -39,17 +47,24 @@ class GELU(activations.GELU):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.approximate == "tanh" and _fits(self.proj):
             return self.proj(hidden_states, gelu=True)
-        return super().forward(hidden_states)
+        return activations.GELU.forward(self, hidden_states)
 
 
 class AdaLayerNormZero(normalization.AdaLayerNormZero):
     """diffusers' adaptive layer norm of FLUX.1's double blocks."""
 
-    def forward(self, x: torch.Tensor, *args: Any, emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if emb is None or self.emb is not None or not _plain_norm(self.norm) or _observed(self.norm):
-            return super().forward(x, *args, emb=emb, **kwargs)
-        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
-        return norm_modulate([x], scale, shift, self.norm.eps), *rest
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if emb is None or self.emb is not None or not _plain_norm(self.norm):
+            return normalization.AdaLayerNormZero.forward(self, x, timestep, class_labels, hidden_dtype, emb)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return norm_modulate([x], scale, shift, self.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
 
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
@@ -64,22 +79,25 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         norm = self.norm
-        around = norm, norm.norm, self.act_mlp
-        if not (_plain_norm(norm.norm) and _fits(self.proj_mlp, *around) and _fits(self.proj_out)):
-            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        if not _plain_norm(norm.norm) or _observed(norm):
+            return transformer_flux.FluxSingleTransformerBlock.forward(
+                self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
         parts = [encoder_hidden_states, hidden_states]
         shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
         normed = norm_modulate(parts, scale, shift, norm.norm.eps)
-        # The MLP first: its GELU belongs to the product that queries, keys and values are columns of, too.
-        mlp = self.proj_mlp(normed, gelu=True)
-        attention = self.attn(
-            hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
-        )
-        out = gate.unsqueeze(1) * self.proj_out((attention, mlp))
-        ends = [part + own for part, own in zip(parts, out.split([p.shape[1] for p in parts], 1), strict=True)]
-        if ends[0].dtype == torch.float16:
-            ends = [end.clip(-65504, 65504) for end in ends]
-        return ends[0], ends[1]
+        # The MLP first: its GELU ends the product that queries, keys and values are columns of, too.
+        if _fits(self.proj_mlp, self.act_mlp):
+            mlp = self.proj_mlp(normed, gelu=True)
+        else:
+            mlp = self.act_mlp(self.proj_mlp(normed))
+        attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+        both = attention, mlp
+        out = gate.unsqueeze(1) * self.proj_out(both if _fits(self.proj_out) else torch.cat(both, 2))
+        text, image = (part + own for part, own in zip(parts, out.split([p.shape[1] for p in parts], 1), strict=True))
+        if text.dtype == torch.float16:
+            return text.clip(-65504, 65504), image.clip(-65504, 65504)
+        return text, image
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -88,7 +106,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 # diffusers' caches look blocks up by their class.
 TransformerBlockRegistry.register(
     FluxSingleTransformerBlock,
-    TransformerBlockRegistry.get(transformer_flux.FluxSingleTransformerBlock),
+    copy(TransformerBlockRegistry.get(transformer_flux.FluxSingleTransformerBlock)),
 )
 
 

@@ -348,6 +348,7 @@ def site_project_hopper_kernel(
         mbarrier.init(full.index(slot), count=1)
     fence_async_shared()
     barrier()
+    wait_for_previous_kernel()
     for slot in gl.static_range(STAGES):
         if slot < steps:
             col = first + slot * span

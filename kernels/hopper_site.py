@@ -1,7 +1,7 @@
 """`rotate_quantize` of a common site on Hopper: x U in parts, their sum and the scales, then the codes.
 
-Rows enough to fill the chip are not divided into parts; there is no sum then. Each kernel but the first is launched
-while the one before it ends, and waits for it where it needs its results.
+Rows enough to fill the chip are not divided into parts; there is no sum then. Each kernel is launched while the one
+before it ends, and waits for it where it needs its results.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,8 @@ def rotate_quantize(
     launch(
         site_project_hopper_kernel, (chunks, row_tiles),
         x_desc, x1_desc, split, basis_desc, partial, squares, z, scale, m, k, rank, factor,
-        PROJECT=rank > 0, ALONE=alone, WIDTH=PROJECT_WIDTH, STAGES=PROJECT_STAGES, num_warps=4,
+        PROJECT=rank > 0, ALONE=alone, WIDTH=PROJECT_WIDTH, STAGES=PROJECT_STAGES,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
     if not alone:
         launch(

@@ -5,9 +5,11 @@ two thousand kernels of ours, and on a fast GPU the host then falls behind. `lau
 decides it and calls it directly.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 # A product and a sum are rounded apart, as in the reference: no fused multiply-add.
@@ -20,6 +22,29 @@ _MOST_VARIANTS = 10_000  # every number of tokens makes new ones; Triton keeps w
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉. That of Triton also takes its constants, which costs a launch's worth of host time."""
     return -(-a // b)
+
+
+@cache
+def _is_hopper(kind: str, index: int | None) -> bool:
+    if kind != "cuda" or torch.version.hip or torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for Hopper run on `device`."""
+    return _is_hopper(device.type, device.index)
+
+
+@cache
+def _early(hopper: bool) -> dict[str, Any]:
+    return {"OVERLAP": True, "launch_pdl": True} if hopper else {"OVERLAP": False}
+
+
+def early(device: torch.device) -> dict[str, Any]:
+    """Constants of a kernel with OVERLAP: started while the one before it on the stream ends, where that is known to
+    work. It then waits (`triton_common.begin`) before it touches memory that another kernel writes or reads."""
+    return _early(is_hopper(device))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -8,17 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
-from .triton_common import narrow
+from .launch import cdiv, early, launch
+from .triton_common import begin, narrow
 
 
 @triton.jit
 def qk_norm_rope_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     tokens, heads, first, q_batch, q_token, k_batch, k_token, out_batch, eps,
-    D: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Queries (program_id(2) = 0) or keys (1) of one part [tokens, heads, D], to `out` from its token `first` on."""
+    begin(OVERLAP)
     token = tl.program_id(0) * BS + tl.arange(0, BS)
     here = token < tokens
     batch = tl.program_id(1).to(tl.int64)
@@ -78,7 +79,7 @@ def qk_norm_rope(
                     qk_norm_rope_kernel, (cdiv(tokens, TILE["BS"]), batch, 2),
                     q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out,
                     tokens, heads, first, q.stride(0), q.stride(1), k.stride(0), k.stride(1), q_out.stride(0), eps,
-                    D=d, **TILE,
+                    D=d, **TILE, **early(x.device),
                 )  # fmt: skip
             first += tokens
     return q_out, k_out

@@ -47,6 +47,14 @@ def decode(codes, t0, t1, t2, t3):
     return (word >> ((codes & 3) * 8)).to(tl.int8)
 
 
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """What a kernel of `launch.early` calls first: the next one may start, and the one before is over from here on."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 # −2 √(2 / π) log₂ e, and 0.044715 times that.
 GELU_LINEAR, GELU_CUBIC = tl.constexpr(-2.302208198), tl.constexpr(-0.10294324)
 

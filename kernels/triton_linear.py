@@ -5,7 +5,6 @@ the one that a matrix instruction can take from registers.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -13,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .hopper_costs import FEWEST_TOKENS
-from .launch import cdiv, launch
+from .launch import cdiv, is_hopper, launch
 from .triton_common import decode, gelu, low_rank_tile, narrow, table_words, tile_of
 
 
@@ -65,14 +64,7 @@ def blocks(m: int, k: int) -> dict[str, int]:
 def on_hopper(n: int, rank: int, device: torch.device) -> bool:
     """Whether a kernel for Hopper can compute this product: rows whose bytes its memory accelerator can address
     (multiples of 16)."""
-    return n % 8 == 0 and rank % 8 == 0 and _has_hopper_kernel(device.type, device.index)
-
-
-@cache
-def _has_hopper_kernel(kind: str, index: int | None) -> bool:
-    if kind != "cuda" or torch.version.hip or torch.cuda.get_device_capability(index) != (9, 0):
-        return False
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    return n % 8 == 0 and rank % 8 == 0 and is_hopper(device)
 
 
 def linear_a8(

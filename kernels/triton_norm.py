@@ -9,17 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import cdiv, launch
-from .triton_common import narrow
+from .launch import cdiv, early, launch
+from .triton_common import begin, narrow
 
 
 @triton.jit
 def norm_modulate_kernel(
     a_ptr, b_ptr, scale_ptr, shift_ptr, out_ptr,
     a_tokens, b_tokens, first, a_batch, a_token, b_batch, b_token, scale_batch, shift_batch, out_batch, eps,
-    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Two neighbouring parts, a [a_tokens, D] and b [b_tokens, D], to `out` from its token `first` on."""
+    begin(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     a_blocks = tl.cdiv(a_tokens, BS)
@@ -81,7 +82,7 @@ def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: fl
                 norm_modulate_kernel, (cdiv(a_tokens, tile["BS"]) + cdiv(b_tokens, tile["BS"]), batch),
                 a, b, scale, shift, out,
                 a_tokens, b_tokens, first, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-                scale.stride(0), shift.stride(0), out.stride(0), eps, D=d, **tile,
+                scale.stride(0), shift.stride(0), out.stride(0), eps, D=d, **tile, **early(out.device),
             )  # fmt: skip
             first += a_tokens + b_tokens
     return out

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
-from .triton_common import INTERPRETED, decode, dot, low_rank_tile, narrow, table_words, tile_of
+from .launch import cdiv, early, launch
+from .triton_common import INTERPRETED, begin, decode, dot, low_rank_tile, narrow, table_words, tile_of
 
 FEW_TOKENS = 4
 
@@ -112,9 +112,10 @@ def few_tokens_kernel(
     x_ptr, z_ptr, words_ptr, scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
     M, N, K, words, r, groups, stride_x, t0, t1, t2, t3,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [M, N]: BM tokens, 1, 2 or 4, times BN weight rows of `words` 32-bit words, GROUPS groups at a time."""
+    begin(OVERLAP)
     token = tl.program_id(1) * BM
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     # Three dimensions, row × group of 64 columns × word of 8, so that a group has one scale.
@@ -235,7 +236,7 @@ def linear_a16(
                 few_tokens_kernel, (cdiv(n, tile["BN"]), cdiv(m, tile["BM"])),
                 x, z_or_any, weight.view(torch.int32), weight_scale, low_rank_or_any, bias_or_any, out,
                 m, n, k, k // 8, rank, groups, x.stride(0), *table_words(_biased(table) if asm else table),
-                ASM=asm, **has, **tile,
+                ASM=asm, **has, **tile, **early(x.device),
             )  # fmt: skip
         else:
             tile = many_tokens_blocks(m, x.dtype)

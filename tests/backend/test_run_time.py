@@ -56,8 +56,9 @@ def test_registration_in_any_import_order(first):
 def test_siblings_share_one_rotation(case, helpers, monkeypatch):
     model = case.load()
     calls = []
-    original = kernels.ops.rotate_quantize
-    monkeypatch.setattr(kernels.ops, "rotate_quantize", lambda x, *a: calls.append(x) or original(x, *a))
+    for name in ("rotate_quantize", "rotate_quantize_parts"):
+        original = getattr(kernels.ops, name)
+        monkeypatch.setattr(kernels.ops, name, lambda x, *a, run=original: calls.append(x) or run(x, *a))
     helpers.run(model)
     owners = {m.plan.owner for m in quantized_linears(model).values() if m.plan.quantize_input}
     assert len(calls) == len(owners)
@@ -69,7 +70,9 @@ def test_siblings_share_one_rotation_when_compiled(case, helpers):
     counts = []
 
     def backend(graph, example_inputs):
-        counts.append(sum(n.target is torch.ops.dirotq.rotate_quantize.default for n in graph.graph.nodes))
+        ops = torch.ops.dirotq
+        sites = (ops.rotate_quantize.default, ops.rotate_quantize_parts.default)
+        counts.append(sum(n.target in sites for n in graph.graph.nodes))
         return graph.forward
 
     torch._dynamo.reset()
@@ -122,7 +125,7 @@ PIXART = {
     ],
 )
 def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, tmp_path):
-    """As many graphs as without us, one for a kind of block and a layout of its inputs, however many blocks; and in
+    """No more graphs than without us, one for a kind of block and a layout of its inputs, however many blocks; and in
     each of them siblings share one rotation and one product."""
     torch.manual_seed(0)
     dense = cls(**shape).to(torch.bfloat16)
@@ -133,10 +136,11 @@ def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, t
     graphs, output = block_graphs(model, helpers.inputs(model))
     assert torch.equal(output, expected)
     products = ("dirotq.linear_a8.default", "dirotq.linear_a8_siblings.default")
-    counts = {(g["dirotq.rotate_quantize.default"], sum(g.get(p, 0) for p in products)) for g in graphs}
+    sites = ("dirotq.rotate_quantize.default", "dirotq.rotate_quantize_parts.default")
+    counts = {tuple(sum(g.get(name, 0) for name in names) for names in (sites, products)) for g in graphs}
     assert counts == sites_and_products
     dense._repeated_blocks = model._repeated_blocks
-    assert len(graphs) == len(block_graphs(dense, helpers.inputs(dense))[0]) < 4
+    assert len(graphs) <= len(block_graphs(dense, helpers.inputs(dense))[0]) < 4
     assert cls is FluxTransformer2DModel or not getattr(cls, "_repeated_blocks", None)
 
 
@@ -183,12 +187,16 @@ def test_saving_with_an_adapter_is_refused(flux_case, tmp_path):
 
 
 def test_forward_is_the_same_with_and_without_gradients(case, helpers):
+    """But for roundings between steps that are one kernel without."""
     model = case.load()
+    dirotq.set_activation_bits(model, 16)
     expected = helpers.run(model)
     arguments = helpers.inputs(model)
     arguments["hidden_states"].requires_grad_(True)
     y = model(**arguments)[0]
-    assert torch.equal(y.detach(), expected)
+    assert helpers.sqnr(y.detach(), expected) > 40
+    dirotq.set_activation_bits(model, 4)
+    y = model(**arguments)[0]
     y.float().square().mean().backward()
     assert arguments["hidden_states"].grad.abs().max() > 0
 

@@ -13,9 +13,11 @@ from dirotq.kernels import ops
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A list that gets one entry per call of the op `rotate_quantize`."""
-    made, original = [], ops.rotate_quantize
-    monkeypatch.setattr(ops, "rotate_quantize", lambda *a: made.append(a[0]) or original(*a))
+    """A list that gets one entry per call of the op `rotate_quantize`, of parts or not."""
+    made = []
+    for name in ("rotate_quantize", "rotate_quantize_parts"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, run=original: made.append(a[0]) or run(*a))
     return made
 
 

@@ -141,8 +141,8 @@ def test_the_slower_path_says_so_once(caplog):
     input_site._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            linear_module._say_slower("cuda", "2-bit weights are widened to 4 bits before every product")
-        linear_module._say_slower("cpu", "nothing")
+            input_site.say_slower("cuda", "2-bit weights are widened to 4 bits before every product")
+        input_site.say_slower("cpu", "nothing")
     assert [r.message.count("2-bit") for r in caplog.records] == [1]
     input_site._say_once.cache_clear()
 

@@ -1,0 +1,124 @@
+"""Layers whose elementwise steps run inside our kernels: same results as diffusers' steps, and those where they must be."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+
+import dirotq
+from dirotq.dirotq_core import fused_layers
+from dirotq.dirotq_core.fused_layers import use_fused_layers, use_plain_layers
+from dirotq.kernels import ops
+
+PLAIN = {GELU, AdaLayerNormZero, FluxSingleTransformerBlock}
+FUSED = {fused_layers.GELU, fused_layers.AdaLayerNormZero, fused_layers.FluxSingleTransformerBlock}
+
+
+def classes(model):
+    return {type(m) for m in model.modules()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the ops that are called, those of a product ending with GELU marked."""
+    made = []
+
+    def record(name):
+        run = getattr(ops, name)
+
+        def call(*args):
+            curved = name.startswith("linear_a8") and len(args) > 9 and bool(args[9])
+            made.append(name + (" gelu" if curved else ""))
+            return run(*args)
+
+        return call
+
+    for name in ("rotate_quantize", "rotate_quantize_parts", "linear_a8", "linear_a8_siblings"):
+        monkeypatch.setattr(ops, name, record(name))
+    modulate = fused_layers.norm_modulate
+    monkeypatch.setattr(fused_layers, "norm_modulate", lambda *a: made.append("norm_modulate") or modulate(*a))
+    return made
+
+
+def test_a_loaded_model_has_them_and_a_dequantized_one_has_not(case):
+    model = case.load()
+    pixart = type(model).__name__.startswith("PixArt")
+    assert classes(model) & (PLAIN | FUSED) == ({fused_layers.GELU} if pixart else FUSED)
+    model.dequantize()
+    assert classes(model) & (PLAIN | FUSED) == ({GELU} if pixart else PLAIN)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_results_as_diffusers_steps(case, helpers, dtype, bits):
+    model = case.load(torch_dtype=dtype)
+    dirotq.set_activation_bits(model, bits)
+    arguments = helpers.inputs(model, dtype)
+    with torch.no_grad():
+        fused = model(**arguments)[0]
+        use_plain_layers(model)
+        plain = model(**arguments)[0]
+        use_fused_layers(model)
+        assert torch.equal(model(**arguments)[0], fused)
+    assert fused.dtype == dtype and helpers.sqnr(fused, plain) > (45 if bits == 16 else 30)
+
+
+def test_what_runs_in_one_kernel(flux_case, helpers, calls):
+    model = flux_case.load()
+    helpers.run(model)
+    blocks, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    assert calls.count("norm_modulate") == 2 * blocks + singles
+    assert calls.count("linear_a8 gelu") == 2 * blocks  # two MLPs, of image and text
+    assert calls.count("linear_a8_siblings gelu") == calls.count("rotate_quantize_parts") == singles
+    assert calls.count("linear_a8_siblings") == 2 * blocks  # queries, keys and values of the double blocks
+
+
+def test_loras_see_what_they_see_in_a_dense_model(flux_case, helpers, calls):
+    """Only the layers beside them compute in steps."""
+    model = flux_case.load()
+    dirotq.set_activation_bits(model, 16)
+    twin = copy.deepcopy(model)
+    use_plain_layers(twin)
+    for target, sites in (("proj_mlp", {"norm_modulate"}), ("proj_out", {"norm_modulate"}), ("net.0.proj", set())):
+        lora = peft.LoraConfig(r=4, target_modules=f".*{target}", init_lora_weights=False)
+        for one in (model, twin):
+            torch.manual_seed(1)
+            one.add_adapter(lora)
+        with_lora = helpers.run(model)
+        assert helpers.sqnr(with_lora, helpers.run(twin)) > 45 and sites <= set(calls)
+        for one in (model, twin):
+            one.delete_adapters("default")
+        assert helpers.sqnr(with_lora, helpers.run(twin)) < 40
+
+
+def test_an_absorbed_lora_reads_the_whole_input(flux_case, helpers, calls):
+    model = flux_case.load()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=".*proj_out", init_lora_weights=False))
+    beside = helpers.run(model)
+    model.fuse_lora()
+    model.unload_lora()
+    calls.clear()
+    assert helpers.sqnr(helpers.run(model), beside) > 25 and "rotate_quantize_parts" not in calls
+
+
+@pytest.mark.parametrize("name", ["proj_mlp", "act_mlp"])
+def test_hooks_see_the_step_they_are_on(flux_case, helpers, name):
+    model, seen = flux_case.load(), []
+    block = model.single_transformer_blocks[0]
+    handle = getattr(block, name).register_forward_hook(lambda module, args, out: seen.append(out))
+    with_hook = helpers.run(model)
+    handle.remove()
+    assert seen[0].shape[-1] == block.mlp_hidden_dim and (seen[0].min() < -0.2) == (name == "proj_mlp")
+    assert helpers.sqnr(with_hook, helpers.run(model)) > 25
+
+
+def test_a_deep_copy_and_a_pickle_have_them(flux_case, helpers):
+    model = flux_case.load()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert classes(twin) & (PLAIN | FUSED) == FUSED
+        assert torch.equal(helpers.run(twin), helpers.run(model))
