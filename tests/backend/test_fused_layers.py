@@ -1,4 +1,4 @@
-"""Layers whose elementwise steps run inside our kernels: same results as diffusers' steps, and those where they must be."""
+"""Layers whose elementwise steps run inside our kernels: results of diffusers' steps, and those where they must be."""
 
 import copy
 import pickle
