@@ -110,5 +110,5 @@ def plot_profile(steps: list[dict[str, Any]], setting: dict[str, Any], file: Pat
         axis.set(title=_title(step), xlabel="ms of GPU kernels")
     labels = {name: bar for axis in axes for bar, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.tight_layout()
-    figure.legend(labels.values(), labels.keys(), loc="lower right", fontsize=9)
-    figure.savefig(file, dpi=120)
+    figure.legend(labels.values(), labels.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(labels))
+    figure.savefig(file, dpi=120, bbox_inches="tight")
