@@ -52,6 +52,28 @@ def teach_flux_loras() -> None:
 
     shape.knows_dirotq = True  # type: ignore[attr-defined]
     FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)  # type: ignore[method-assign]
+    expand = FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(expand)
+    def checked(cls: Any, transformer: nn.Module, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> bool:
+        _check_lora_shapes(transformer, lora_state_dict or {}, f"{cls.transformer_name}.")
+        return expand(cls, transformer, lora_state_dict, *args, **kwargs)
+
+    FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_ = classmethod(checked)  # type: ignore[method-assign,assignment]
+
+
+def _check_lora_shapes(model: nn.Module, lora: dict[str, torch.Tensor], prefix: str) -> None:
+    """Raise ValueError for a LoRA of quantized layers of other widths: diffusers would pad or widen those."""
+    for name, module in model.named_modules():
+        key = prefix + name.removesuffix(".base_layer")
+        down, up = lora.get(f"{key}.lora_A.weight"), lora.get(f"{key}.lora_B.weight")
+        if not isinstance(module, DiRotQLinear) or down is None or up is None:
+            continue
+        if (down.shape[-1], up.shape[0]) != (module.in_features, module.out_features):
+            raise ValueError(
+                f"the LoRA has {down.shape[-1]} inputs and {up.shape[0]} outputs for {key}, a quantized linear of"
+                f" {module.in_features} and {module.out_features}; it was made for another model"
+            )
 
 
 def count_as_dense() -> None:

@@ -100,6 +100,22 @@ def test_the_effect_is_the_dense_models(pair, helpers, form, strengths):
     assert same(state_of(pair[0].transformer), before) and torch.equal(helpers.run(pair[0].transformer), plain[0])
 
 
+@pytest.mark.parametrize(("side", "width"), [("A", 96), ("A", 100), ("A", 384), ("B", 96), ("B", 384)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_lora_of_another_width_is_refused(flux_case, helpers, side, width, beside):
+    pipe = pipeline_of(flux_case.load())
+    if beside:
+        pipe.load_lora_weights(diffusers_lora(0), adapter_name="first")
+    before, y = state_of(pipe.transformer), helpers.run(pipe.transformer)
+    wrong = diffusers_lora(1)
+    key = next(k for k in wrong if k.endswith(f"to_q.lora_{side}.weight"))
+    old = wrong[key]
+    wrong[key] = torch.randn((old.shape[0], width) if side == "A" else (width, old.shape[1]))
+    with pytest.raises(ValueError, match=rf"the LoRA has .*{width} .*a quantized linear of 192 and 192; it was made"):
+        pipe.load_lora_weights(wrong, adapter_name="second")
+    assert same(state_of(pipe.transformer), before) and torch.equal(helpers.run(pipe.transformer), y)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_activations(flux_case, helpers, bits):
     """Later layers quantize other inputs then, so the effect is compared by what activations cost without a LoRA."""

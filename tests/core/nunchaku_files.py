@@ -115,18 +115,21 @@ class Linear:
         share = SHIFT * (self.residual / self.smooth.double().numpy()).sum(1) if self.shifted else 0
         return self.bias.double().numpy() + share
 
-    def forward(self, x, lite=False):
+    def forward(self, x, lite=False, bits=4):
         """As Nunchaku computes it, x float64 [M, K]: 4-bit activations per 64 columns, unsigned behind GELU.
 
-        lite: as nunchaku_lite does: always with a sign, and the bias without what makes up for the shift.
+        lite: as nunchaku_lite does: always with a sign, and the bias without what makes up for the shift. bits: 16 for
+        activations that are not rounded. What the branch has in the middle is bfloat16, as there.
         """
+        low = torch.from_numpy(x @ self.down.double().numpy()).bfloat16().double().numpy() @ self.up.double().numpy().T
+        if bits == 16:
+            return (x / self.smooth.double().numpy()) @ self.residual.T + low + self.plain_bias
         shifted = self.shifted and not lite
         v = (x + (SHIFT if shifted else 0)) / self.smooth.double().numpy()
         v = v.reshape(len(v), -1, 64)
         top = 15 if shifted else 7
         step = np.abs(v).max(-1, keepdims=True) / top
         q = np.clip(np.rint(v / step), 0 if shifted else -8, top) * step
-        low = (x @ self.down.double().numpy()) @ self.up.double().numpy().T
         bias = self.plain_bias if lite else self.bias.double().numpy()
         return q.reshape(x.shape) @ self.residual.T + low + bias
 
