@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import os
 import platform
 import re
@@ -21,6 +22,8 @@ from torch import nn
 
 from .diffusers_habits import is_quantized, quantized_parts
 from .offloading import check_readable
+
+CONFIG_NAME = "config.json"
 
 #: Of the folder, inside the checkpoint's, that is written first; then come the place and the process that write it.
 PREFIX = ".dirotq-saving-"
@@ -54,6 +57,7 @@ def save_beside() -> None:
             return original(self, save_directory, *args, **kwargs)
         if target.is_file():
             raise ValueError(f"{target} is a file; give a folder to save the model in")
+        _check_variants(self, target, given.get("variant"))
         target.mkdir(parents=True, exist_ok=True)
         _clear(target)
         work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_place()}-{os.getpid()}-", dir=target))
@@ -110,6 +114,25 @@ def check_savable(model: nn.Module, safe_serialization: bool, use_flashpack: boo
             "model and the LoRA stay two files"
         )
     check_readable(model, "saved")
+
+
+def _check_variants(model: Any, target: Path, variant: str | None) -> None:
+    """Raise ValueError if weights of another variant in `target` would get this model's quantization."""
+    name = f"diffusion_pytorch_model.{variant}" if variant else "diffusion_pytorch_model"
+    own = re.compile(re.escape(name) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    others = sorted(p.name for p in target.glob("diffusion_pytorch_model*.safetensors") if not own.fullmatch(p.name))
+    config = target / CONFIG_NAME
+    if not others or not config.is_file():
+        return
+    try:
+        there = json.loads(config.read_text("utf-8")).get("quantization_config")
+    except (ValueError, AttributeError):
+        return
+    if there != json.loads(model.to_json_string()).get("quantization_config"):
+        raise ValueError(
+            f"{target} holds {others[0]}, a variant of another quantization or of none, and all variants of a folder "
+            f"share one {CONFIG_NAME}: save this model in a folder of its own"
+        )
 
 
 @functools.cache

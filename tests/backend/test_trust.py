@@ -72,6 +72,28 @@ def test_a_full_disk_while_saving(flux_case, tmp_path, monkeypatch):
     assert files_of(tmp_path) == before and len(list(tmp_path.iterdir())) == len(before)
 
 
+def test_variants_share_a_configuration(flux_case, helpers, tmp_path):
+    """Weights of another variant must not get this model's quantization, or a dense model any."""
+    model = flux_case.load()
+    for variant in (None, "again"):
+        model.save_pretrained(tmp_path / "ours", variant=variant)
+    assert torch.equal(helpers.run(flux_case.load(tmp_path / "ours", variant="again")), helpers.run(model))
+    dense = flux_case.load()
+    dense.dequantize()
+    dense.save_pretrained(tmp_path / "dense")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+    with pytest.raises(
+        ValueError, match=r"holds diffusion_pytorch_model\.safetensors, a variant of another quantization"
+    ):
+        model.save_pretrained(tmp_path / "dense", variant="w4")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()} == before
+    other = flux_case.on_the_fly(dirotq.DiRotQConfig(activation_bits=4))
+    with pytest.raises(ValueError, match="save this model in a folder of its own"):
+        other.save_pretrained(tmp_path / "ours", variant="w4a4")
+    model.save_pretrained(tmp_path / "dense")  # over the same weights, as with any model
+    assert torch.equal(helpers.run(flux_case.load(tmp_path / "dense")), helpers.run(model))
+
+
 @pytest.mark.parametrize("variant", [None, "w4a8"])
 def test_saving_over_the_own_source(flux_case, helpers, tmp_path, variant):
     """Tensors may still be mapped from the file; shards that the new save has not are gone, other files stay."""
