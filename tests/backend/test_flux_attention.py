@@ -12,6 +12,8 @@ from dirotq import kernels
 from dirotq.dirotq_core import flux_attention
 from dirotq.dirotq_core.flux_attention import DiRotQFluxAttnProcessor, use_plain_attention
 
+from .versions import groups_on_cpu
+
 
 @pytest.fixture
 def model(flux_case):
@@ -55,6 +57,7 @@ def test_same_output_as_diffusers_own_steps(model, inputs, monkeypatch):
     assert torch.equal(ours, plain)  # on the CPU the op is those steps
 
 
+@groups_on_cpu
 def test_norms_brought_in_by_group_offload(model, inputs, monkeypatch):
     with torch.no_grad():
         expected = model(**inputs)[0]

@@ -12,6 +12,8 @@ import dirotq
 from dirotq.dirotq_core import backend
 from dirotq.dirotq_core.build import quantized_linears
 
+from .versions import writes_flashpack
+
 
 def test_on_the_fly_is_close_and_says_so(case, helpers, caplog):
     with caplog.at_level(logging.WARNING):
@@ -132,7 +134,7 @@ def test_a_config_object_is_not_changed_by_loading(case):
         ((), {"safe_serialization": False}, "safe_serialization=False"),
         ((True, None, False), {}, "safe_serialization=False"),
         ((), {"safe_serialization": None}, "safe_serialization=None"),
-        ((), {"use_flashpack": True}, "use_flashpack=True"),
+        pytest.param((), {"use_flashpack": True}, "use_flashpack=True", marks=writes_flashpack),
     ],
 )
 def test_other_files_than_safetensors_are_refused(case, tmp_path, args, kwargs, said):

@@ -1,8 +1,11 @@
 """What some of the promised versions of diffusers cannot do."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers.hooks import group_offloading
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 
 #: Before 0.41 group offloading asks for a GPU even where it is told to use the CPU.
@@ -14,3 +17,8 @@ groups_on_cpu = pytest.mark.skipif(
 #: Before 0.39 diffusers does not name the files to a quantizer.
 KNOWS_FILES = hasattr(DiffusersQuantizer, "maybe_update_loaded_keys")
 knows_files = pytest.mark.skipif(not KNOWS_FILES, reason="needs diffusers 0.39")
+
+#: Older ones take the argument for one of `push_to_hub` and ignore it.
+writes_flashpack = pytest.mark.skipif(
+    "use_flashpack" not in inspect.signature(ModelMixin.save_pretrained).parameters, reason="needs a newer diffusers"
+)
