@@ -215,7 +215,12 @@ def test_layerwise_casting_leaves_packed_tensors_alone(case, helpers):
 def offloaded(case, how, folder):
     """A model that is offloaded in one of the ways that leave no tensor to read."""
     if how == "device map":
-        return loaded(case, device_map={"": "disk"}, offload_folder=str(folder))
+        try:
+            return loaded(case, device_map={"": "disk"}, offload_folder=str(folder))
+        except ValueError as error:
+            if "offload the whole model to the disk" not in str(error):
+                raise
+            pytest.skip("this version of accelerate refuses a model that is all on disk")
     model = loaded(case)
     if how == "sequential":
         accelerate.cpu_offload(model, CPU)
