@@ -4,6 +4,7 @@ Times as in benchmarks/linear.py: medians over replays of a CUDA graph, weights 
 benchmarks/results/modulation.json.
 """
 
+import argparse
 import json
 import platform
 
@@ -38,6 +39,7 @@ def measure(m: int, k: int, n: int) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     for k, n in SHAPES:
         for m in TOKENS:

@@ -8,8 +8,8 @@ runs once per width, in float32 and in float64.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 
@@ -43,7 +43,9 @@ def outside(c: torch.Tensor, u: torch.Tensor) -> float:
 
 
 def main() -> None:
-    for k in map(int, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("widths", type=int, nargs="+", help="K")
+    for k in parser.parse_args().widths:
         for steep in (0.5, 1.2):
             c = moment(k, steep)
             where = {"device": DEVICE, "k": k, "steep": steep}
