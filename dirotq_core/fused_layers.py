@@ -2,8 +2,9 @@
 
 GELU ends the product before it, norm and modulation are one pass, and FLUX.1's single blocks put neither text and image
 nor attention and MLP together first. Each class is diffusers' own, takes its place in `use_fused_layers`, and computes
-diffusers' steps where something else has to see what lies between them: gradients, LoRAs, hooks. Those are called by
-their class's name: a hook may keep a `forward` of these classes when `use_plain_layers` has given diffusers' back.
+diffusers' steps where something else has to see what lies between them or asks for more than our kernels do: gradients,
+LoRAs, hooks, autocast. Those are called as functions: a hook may keep a `forward` of these classes when
+`use_plain_layers` has given diffusers' back.
 """
 
 from __future__ import annotations
@@ -20,24 +21,49 @@ from torch import nn
 from ..kernels import norm_modulate
 from .linear import DiRotQLinear
 
+# Plain functions: the compiler knows no way through a method of diffusers' class, which it keeps in the graph whole.
+_PLAIN_GELU = activations.GELU.forward
+_PLAIN_NORM = normalization.AdaLayerNormZero.forward
+_PLAIN_SINGLE = transformer_flux.FluxSingleTransformerBlock.forward
+
+#: diffusers' hooks that only move or cast a module's own weights.
+_MOVERS = {
+    "group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "layerwise_casting",
+    "peft_autocast_disable",
+}  # fmt: skip
+
 
 def _observed(module: nn.Module) -> bool:
-    """Whether hooks of somebody wait for what goes in or comes out. Those that only bring weights in are others."""
+    """Whether hooks of torch wait for what goes in or comes out."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def _fits(linear: nn.Module, *around: nn.Module) -> bool:
+def _skippable(module: nn.Module) -> bool:
+    """Whether nobody misses a call of `module`: no hooks but those that bring weights in, and no other `forward`."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    if _observed(module) or (registry is not None and not _MOVERS.issuperset(registry.hooks)):
+        return False
+    return "forward" not in vars(module) or registry is not None or hasattr(module, "_hf_hook")
+
+
+def _fits(linear: nn.Module) -> bool:
     """Whether `linear` can compute its neighbours' steps, too: it is ours, without a LoRA beside it."""
-    return type(linear) is DiRotQLinear and not any(map(_observed, (linear, *around)))
+    return type(linear) is DiRotQLinear and not _observed(linear)
 
 
-def _plain_norm(norm: Any) -> bool:
-    """Whether `norm_modulate` computes it: it has no gradient."""
+def _fits_gelu(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == "tanh" and _skippable(act)
+
+
+def _fits_norm(norm: nn.Module, parts: list[torch.Tensor], emb: torch.Tensor) -> bool:
+    """Whether `norm_modulate` computes it. It has no gradient, and neither casts nor broadcasts."""
     return (
         type(norm) is nn.LayerNorm
         and not norm.elementwise_affine
+        and _skippable(norm)
         and not torch.is_grad_enabled()
-        and not _observed(norm)
+        and not torch.is_autocast_enabled(emb.device.type)  # under which layer norms are float32
+        and all(part.dtype == emb.dtype and len(part) == len(emb) for part in parts)
     )
 
 
@@ -47,7 +73,7 @@ class GELU(activations.GELU):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.approximate == "tanh" and _fits(self.proj):
             return self.proj(hidden_states, gelu=True)
-        return activations.GELU.forward(self, hidden_states)
+        return _PLAIN_GELU(self, hidden_states)
 
 
 class AdaLayerNormZero(normalization.AdaLayerNormZero):
@@ -61,8 +87,8 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
         hidden_dtype: torch.dtype | None = None,
         emb: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        if emb is None or self.emb is not None or not _plain_norm(self.norm):
-            return normalization.AdaLayerNormZero.forward(self, x, timestep, class_labels, hidden_dtype, emb)
+        if emb is None or self.emb is not None or not _fits_norm(self.norm, [x], emb):
+            return _PLAIN_NORM(self, x, timestep, class_labels, hidden_dtype, emb)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
         return norm_modulate([x], scale, shift, self.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
 
@@ -78,16 +104,16 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norm = self.norm
-        if not _plain_norm(norm.norm) or _observed(norm):
-            return transformer_flux.FluxSingleTransformerBlock.forward(
+        norm, parts = self.norm, [encoder_hidden_states, hidden_states]
+        known = type(norm) is normalization.AdaLayerNormZeroSingle and _skippable(norm)
+        if not known or not _fits_norm(norm.norm, parts, temb):
+            return _PLAIN_SINGLE(
                 self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
-        parts = [encoder_hidden_states, hidden_states]
         shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
         normed = norm_modulate(parts, scale, shift, norm.norm.eps)
         # The MLP first: its GELU ends the product that queries, keys and values are columns of, too.
-        if _fits(self.proj_mlp, self.act_mlp):
+        if _fits(self.proj_mlp) and _fits_gelu(self.act_mlp):
             mlp = self.proj_mlp(normed, gelu=True)
         else:
             mlp = self.act_mlp(self.proj_mlp(normed))

@@ -174,17 +174,19 @@ class InputSite(PinnedDtypes):
     def product(self, x: torch.Tensor, index: int, gelu: bool) -> torch.Tensor:
         """y [M, N] of a member for x [..., K], or GELU of it, out of one product of all members.
 
-        The same tensor object is computed once, with GELU where the first member that asks wants it. Members are
-        columns of one matrix, so rows are strided, which `nn.Linear`'s are not.
+        The same tensor object is computed once, with GELU in the product where the first member that asks wants it.
+        Members are columns of one matrix, so rows are strided, which `nn.Linear`'s are not.
         """
         how = self._state(x, True)
         entry = self.memo.entry
-        if entry is not None and self._holds(entry, x, how) and (entry[3][1] == index) == gelu:
+        if entry is not None and self._holds(entry, x, how) and (gelu or entry[3][1] != index):
             (outputs, curved), left = entry[3], entry[4] - 1
         else:
             curved, left = index if gelu else None, self.users - 1
             outputs = self._multiply(x, curved)
         self.memo.entry = (self, x, how, (outputs, curved), left) if left else None
+        if gelu and curved != index:
+            return nn.functional.gelu(outputs[index], approximate="tanh")
         return outputs[index]
 
     def stacks(self, x: torch.Tensor) -> bool:

@@ -121,13 +121,14 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
     def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], site_only: bool = False, gelu: bool = False) -> Any:
         """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype.
 
-        x may lie in several tensors [..., K_i], which need not be put together then. site_only: what `_input` wants.
+        x may lie in several tensors [..., K_i], which need not be put together then. site_only: what `_input` wants, of
+        x in one piece.
         gelu: GELU in its tanh form of the result, rounded with it once where one kernel computes both.
         """
         site = self.site
         if isinstance(x, tuple):
             trained = torch.is_grad_enabled() and any(part.requires_grad for part in x)
-            if trained or not site.reads_parts:
+            if trained or not site.reads_parts or len({part.dtype for part in x}) > 1:
                 x = torch.cat(x, -1)
             else:
                 return self._of_parts(x, gelu)

@@ -28,8 +28,11 @@ def offloaded(model: nn.Module) -> set[str]:
     names = set()
     for prefix, module in model.named_modules():
         hook: Any = getattr(module, "_hf_hook", None)
-        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
-            names |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+        for one in getattr(hook, "hooks", [hook]):
+            kept = (getattr(one, "weights_map", None) or {}) if getattr(one, "offload", False) else {}
+            for name, _ in module.named_parameters(recurse=False):
+                if name in kept and not kept[name].is_meta:
+                    names.add(f"{prefix}.{name}".lstrip("."))
     return names
 
 

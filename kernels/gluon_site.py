@@ -335,7 +335,6 @@ def site_project_hopper_kernel(
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    let_next_kernel_start()
     row = gl.program_id(1) * BM
     chunk = gl.program_id(0)
     span = gl.num_programs(0) * (WIDTH * HALF)
@@ -349,6 +348,7 @@ def site_project_hopper_kernel(
     fence_async_shared()
     barrier()
     wait_for_previous_kernel()
+    let_next_kernel_start()  # not before: the second pass reads x before its own wait
     for slot in gl.static_range(STAGES):
         if slot < steps:
             col = first + slot * span

@@ -1,7 +1,8 @@
 """`rotate_quantize` of a common site on Hopper: x U in parts, their sum and the scales, then the codes.
 
 Rows enough to fill the chip are not divided into parts; there is no sum then. Each kernel is launched while the one
-before it ends, and waits for it where it needs its results.
+before it ends, and waits for it where it needs its results. The last reads x before it waits: the first has waited for
+x when it lets others start.
 """
 
 from collections.abc import Sequence

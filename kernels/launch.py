@@ -43,7 +43,12 @@ def _early(hopper: bool) -> dict[str, Any]:
 
 def early(device: torch.device) -> dict[str, Any]:
     """Constants of a kernel with OVERLAP: started while the one before it on the stream ends, where that is known to
-    work. It then waits (`triton_common.begin`) before it touches memory that another kernel writes or reads."""
+    work.
+
+    It waits (`triton_common.begin`) before it touches memory that another kernel writes or reads: for the one before
+    it, which has waited for those before. A kernel that lets the next start before its own wait, as `begin` does, says
+    nothing about those before. So only constants are read ahead of a wait, or what a kernel in between has waited for.
+    """
     return _early(is_hopper(device))
 
 

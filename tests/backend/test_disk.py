@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers.models import modeling_utils
 
+from dirotq.dirotq_core.offloading import offloaded
+
 from .versions import KNOWS_FILES, knows_files
 
 
@@ -60,3 +62,8 @@ def test_blocks_on_the_cpu_beside_a_gpu(case, helpers, monkeypatch):
     model = case.load(device_map={n.split(".")[0]: "cpu" for n, _ in case.load().named_parameters()})
     assert sum(p.is_meta for p in model.parameters()) > 50
     assert torch.equal(helpers.run(model), expected)
+    block = next(m for m in model.modules() if hasattr(m, "_hf_hook") and "weight" in dict(m.named_parameters()))
+    names = {f"{n}.weight" for n, m in model.named_modules() if m is block}
+    assert names <= offloaded(model)
+    block._hf_hook.weights_map = {}  # of a tensor that the checkpoint lacked
+    assert not names & offloaded(model)

@@ -6,6 +6,8 @@ import pickle
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.activations import GELU
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
@@ -80,19 +82,29 @@ def test_what_runs_in_one_kernel(flux_case, helpers, calls):
 
 def test_loras_see_what_they_see_in_a_dense_model(flux_case, helpers, calls):
     """Only the layers beside them compute in steps."""
-    model = flux_case.load()
-    dirotq.set_activation_bits(model, 16)
-    twin = copy.deepcopy(model)
-    use_plain_layers(twin)
-    for target, sites in (("proj_mlp", {"norm_modulate"}), ("proj_out", {"norm_modulate"}), ("net.0.proj", set())):
+    for target in ("proj_mlp", "proj_out", "net.0.proj", "to_q"):
+        model = flux_case.load()
+        dirotq.set_activation_bits(model, 16)
+        twin = copy.deepcopy(model)
+        use_plain_layers(twin)
+        blocks, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
         lora = peft.LoraConfig(r=4, target_modules=f".*{target}", init_lora_weights=False)
         for one in (model, twin):
             torch.manual_seed(1)
             one.add_adapter(lora)
         with_lora = helpers.run(model)
-        assert helpers.sqnr(with_lora, helpers.run(twin)) > 45 and sites <= set(calls)
+        assert helpers.sqnr(with_lora, helpers.run(twin)) > 45
+        dirotq.set_activation_bits(model, 8)
+        calls.clear()
+        helpers.run(model)
+        dirotq.set_activation_bits(model, 16)
+        assert calls.count("norm_modulate") == 2 * blocks + singles
+        assert calls.count("linear_a8_siblings gelu") == singles * (target != "proj_mlp")
+        assert calls.count("rotate_quantize_parts") == singles * (target != "proj_out")
+        assert calls.count("linear_a8 gelu") == 2 * blocks * (target != "net.0.proj")
         for one in (model, twin):
-            one.delete_adapters("default")
+            one.disable_adapters()
+        assert helpers.sqnr(helpers.run(model), helpers.run(twin)) > 45
         assert helpers.sqnr(with_lora, helpers.run(twin)) < 40
 
 
@@ -115,6 +127,71 @@ def test_hooks_see_the_step_they_are_on(flux_case, helpers, name):
     handle.remove()
     assert seen[0].shape[-1] == block.mlp_hidden_dim and (seen[0].min() < -0.2) == (name == "proj_mlp")
     assert helpers.sqnr(with_hook, helpers.run(model)) > 25
+
+
+class Counting(ModelHook):
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("name", ["norm", "norm.norm", "act_mlp", "proj_mlp", "proj_out"])
+def test_hooks_of_diffusers_run(flux_case, helpers, name):
+    model = flux_case.load()
+    plain = helpers.run(model)
+    hook = Counting()
+    module = model.single_transformer_blocks[0].get_submodule(name)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "counting")
+    assert helpers.sqnr(helpers.run(model), plain) > 25 and hook.calls == 1
+
+
+def test_another_activation_is_computed(flux_case, helpers):
+    model = flux_case.load()
+    dirotq.set_activation_bits(model, 16)
+    for block in model.single_transformer_blocks:
+        block.act_mlp = torch.nn.ReLU()
+    fused = helpers.run(model)
+    use_plain_layers(model)
+    assert helpers.sqnr(fused, helpers.run(model)) > 45
+
+
+def test_autocast_and_broadcast_embeddings(flux_case, helpers):
+    """Where diffusers' steps cast or broadcast, they are taken."""
+    model = flux_case.load()
+    dirotq.set_activation_bits(model, 16)
+    arguments = helpers.inputs(model)
+    twice = {n: torch.cat([arguments[n]] * 2) for n in ("hidden_states", "encoder_hidden_states")}
+    with torch.no_grad():
+        one, both = model(**arguments)[0], model(**{**arguments, **twice})[0]
+        assert all(helpers.sqnr(part, one) > 45 for part in both.split(1))
+        half = {n: v.float() if n == "hidden_states" else v for n, v in arguments.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            fused = model(**half)[0]
+            use_plain_layers(model)
+            assert torch.equal(fused, model(**half)[0])
+
+
+def test_parts_of_two_dtypes(flux_case):
+    linear = flux_case.load().single_transformer_blocks[0].proj_out
+    g = torch.Generator().manual_seed(0)
+    attention, mlp = torch.randn(1, 5, 192, generator=g), torch.randn(1, 5, 768, generator=g).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(linear((attention, mlp)), linear(torch.cat([attention, mlp], 2)))
+
+
+def test_compiled_with_gradients(flux_case, helpers):
+    model = flux_case.load()
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_out"], init_lora_weights=False))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled(**helpers.inputs(model))[0].float().square().mean().backward()
+    assert counter.frame_count == 1
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_a_deep_copy_and_a_pickle_have_them(flux_case, helpers):

@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 import dirotq
 from dirotq import kernels
 from dirotq.dirotq_core.build import quantized_linears
+from dirotq.dirotq_core.fused_layers import use_plain_layers
 
 
 def test_import_is_light():
@@ -187,16 +188,16 @@ def test_saving_with_an_adapter_is_refused(flux_case, tmp_path):
 
 
 def test_forward_is_the_same_with_and_without_gradients(case, helpers):
-    """But for roundings between steps that are one kernel without."""
+    """Of layers that compute in steps; where steps are one kernel without gradients, their roundings differ."""
     model = case.load()
-    dirotq.set_activation_bits(model, 16)
+    fused = helpers.run(model)
+    use_plain_layers(model)
     expected = helpers.run(model)
+    assert helpers.sqnr(fused, expected) > 25
     arguments = helpers.inputs(model)
     arguments["hidden_states"].requires_grad_(True)
     y = model(**arguments)[0]
-    assert helpers.sqnr(y.detach(), expected) > 40
-    dirotq.set_activation_bits(model, 4)
-    y = model(**arguments)[0]
+    assert torch.equal(y.detach(), expected)
     y.float().square().mean().backward()
     assert arguments["hidden_states"].grad.abs().max() > 0
 

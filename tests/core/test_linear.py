@@ -1,6 +1,7 @@
 """Siblings share one rotation and quantization of their input."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_every_site_is_quantized_once_per_forward(quantized, run, calls, family)
     memos = {id(memo_of(m)) for m in quantized_linears(model).values()}
     assert len(memos) == 1
     assert memo_of(next(iter(quantized_linears(model).values()))).entry is None
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("curved", [(), (0,), (2,), (0, 1)])
+def test_gelu_of_a_sibling_in_any_order(siblings, order, curved, monkeypatch):
+    """One product at most for each that wants GELU, and one more; nothing is kept when all have asked."""
+    x = torch.randn(3, 64)
+    apart = [separately(m, x) for m in siblings]
+    made, original = [], ops.linear_a8_siblings
+    monkeypatch.setattr(ops, "linear_a8_siblings", lambda *a: made.append(a) or original(*a))
+    for i in order:
+        y = siblings[i](x, gelu=i in curved)
+        expected = torch.nn.functional.gelu(apart[i], approximate="tanh") if i in curved else apart[i]
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    assert len(made) == 1 and memo_of(siblings[0]).entry is None
 
 
 def test_sharing_changes_no_result(quantized, run):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dirotq import kernels
 from dirotq.kernels import norm_modulate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -178,3 +179,52 @@ def test_bad_input():
         arguments = {"parts": parts, "scale": scale, "shift": shift, "eps": 1e-6, **change}
         with pytest.raises(ValueError, match=message):
             norm_modulate(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [(512,), (4096,), (512, 4096)])
+def test_a_chain_in_a_graph(tokens):
+    """Modulation, norm, rotation, product, each started while the one before it ends: replays see their own inputs."""
+    d, rank = 3072, 64
+    make = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=make, device="cuda").bfloat16()
+
+    parts, embedding = [randn(1, s, d) for s in tokens], randn(1, d)
+    packed = [torch.randint(0, 256, (n, d // 2), dtype=torch.uint8, device="cuda") for n in (2 * d, d)]
+    scales = torch.rand(2 * d, d // 64, device="cuda") / (36 * d**0.5), torch.rand(d, device="cuda") / (36 * d**0.5)
+    basis = torch.linalg.qr(torch.randn(d, rank, device="cuda"))[0].bfloat16()
+    signs = (torch.randint(0, 2, (d,), device="cuda") * 2 - 1).to(torch.int8)
+    low_rank = randn(d, rank)
+
+    def chain():
+        shift, scale = kernels.linear_a16(embedding, None, packed[0], scales[0], None, None, kernels.CODEBOOK16).chunk(
+            2, 1
+        )
+        x = kernels.norm_modulate(parts, scale, shift, 1e-6)[0]
+        codes, row, z = kernels.rotate_quantize(x, basis, signs, 128, "int4")
+        return (
+            x,
+            codes,
+            kernels.linear_a8(codes, row, z, packed[1], scales[1], low_rank, None, kernels.CODEBOOK16, torch.bfloat16),
+        )
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [chain() for _ in range(8)]
+    for _ in range(10):
+        for part in parts:
+            part.copy_(randn(*part.shape))
+        embedding.copy_(randn(1, d))
+        graph.replay()
+        torch.cuda.synchronize()
+        apart = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("norm_modulate", "rotate_quantize", "linear_a8", "linear_a16"):
+                run = getattr(kernels, name)
+                patch.setattr(kernels, name, lambda *a, run=run: (torch.cuda.synchronize(), run(*a))[1])
+            apart = chain()
+        for found in captured:
+            assert all(torch.equal(a, b) for a, b in zip(found, apart, strict=True))

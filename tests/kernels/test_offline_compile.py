@@ -402,3 +402,7 @@ def test_hopper_project_compiles(x, alone, project, tmp_path):
     compiled = compile_gluon(gluon_site.site_project_hopper_kernel, site_types(), values, tmp_path)
     assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
+    # The second pass, which may start from here on, reads x before it waits: x must be complete by now.
+    ptx = compiled.asm["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")
