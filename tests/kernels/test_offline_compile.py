@@ -210,6 +210,7 @@ NVFP4 = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(not NEW, reason="older Triton has no such product for sm_120; the other kernel runs then")
 @pytest.mark.parametrize("tokens", [1, 4608])
 @pytest.mark.parametrize(
     ("chip", "instruction"),
