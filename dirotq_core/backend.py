@@ -22,7 +22,7 @@ from torch import nn
 
 from .activations import ACTIVATION_FORMATS
 from .adaptations import teach_libraries
-from .architectures import SUPPORTED, recipe_for
+from .architectures import recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
@@ -141,7 +141,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
             # The dense skeleton stays until each weight arrives; these modules then take its place.
             skeleton = copy.deepcopy(model)
             self._made = replace_linears(skeleton, plans, config, self.dtype)
-        _fuse_layers(model)  # before accelerate hooks its modules, which then keep the `forward` that they had
+        _use_own_steps(model)  # before accelerate hooks its modules, which then keep the `forward` that they had
         model.register_to_config(quantization_config=config)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -260,13 +260,7 @@ class DiRotQQuantizer(DiffusersQuantizer):
             del model.quantization_method
         model.is_quantized = False  # diffusers before 0.39 does not
         stop_ignoring_fusing(model)
-        from .fused_layers import use_plain_layers
-
-        use_plain_layers(model)
-        if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
-            from .flux_attention import use_plain_attention
-
-            use_plain_attention(model)
+        _use_diffusers_steps(model)
         forget_merging(model)
         for name in ("_skip_layerwise_casting_patterns", "_repeated_blocks"):
             vars(model).pop(name, None)  # `_finish` hid the class's own
@@ -301,10 +295,22 @@ def _multiplies_four_bit_lattice(model: nn.Module) -> bool:
     return any(f.lattice and f.bits == 4 for f in formats)
 
 
-def _fuse_layers(model: nn.Module) -> None:
-    from .fused_layers import use_fused_layers  # its classes are those of diffusers' models
+# Imported late: their classes are those of diffusers' models.
+def _use_own_steps(model: nn.Module) -> None:
+    """Give the model layers and attention that compute several of diffusers' steps in one kernel."""
+    from .flux_attention import use_fused_attention
+    from .fused_layers import use_fused_layers
 
     use_fused_layers(model)
+    use_fused_attention(model)
+
+
+def _use_diffusers_steps(model: nn.Module) -> None:
+    from .flux_attention import use_plain_attention
+    from .fused_layers import use_plain_layers
+
+    use_plain_layers(model)
+    use_plain_attention(model)
 
 
 def _finish(model: Any) -> None:
@@ -315,11 +321,6 @@ def _finish(model: Any) -> None:
     model._skip_layerwise_casting_patterns = patterns + names
     ignore_fusing(model)
     teach_libraries()
-    _fuse_layers(model)
-    if recipe_for(model) is SUPPORTED["FluxTransformer2DModel"]:
-        from .flux_attention import use_fused_attention
-
-        use_fused_attention(model)
     if is_peft_available():
         remember_merging(model)
     # Only lattice formats are integer products, and only GPUs have the units in question.
@@ -339,4 +340,5 @@ def attach_quantizer(model: Any, config: DiRotQConfig, dtype: torch.dtype) -> No
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
+    _use_own_steps(model)
     _finish(model)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_hopper import BK, BM, RANKS, linear_a8_hopper_kernel
 from .hopper_costs import unpacked_columns
-from .launch import cdiv, launch
+from .launch import cdiv, launch, multiprocessors
 from .triton_unpack import unpack
 
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
@@ -43,11 +43,6 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     made.shape, made.strides = list(tensor.shape), list(tensor.stride())
     made.layout = _layout(rows, columns, tensor.dtype)
     return made
-
-
-@cache
-def multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def blocks(m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
@@ -87,7 +82,7 @@ def multiply(
     tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     launch(
-        linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device.index)),),
+        linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
         m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, GELU=gelu, **tile, num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import hopper_costs
 from .gluon_packed import BK, BN, RANKS, linear_a8_packed_kernel, siblings_packed_kernel
-from .hopper import aligned, descriptor, multiprocessors
+from .hopper import aligned, descriptor
 from .hopper_costs import tiles_shared
-from .launch import cdiv, launch
+from .launch import cdiv, launch, multiprocessors
 
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
 COLUMNS, WIDTH, RANK = BN.value, BK.value, RANKS.value
@@ -50,7 +50,7 @@ def choose(codes: Tensor, weights: Sequence[Tensor], table: Sequence[int]) -> tu
         return None
     m, k = codes.shape
     ns = tuple(weight.shape[0] for weight in weights)
-    return hopper_costs.choose(m, k, ns, multiprocessors(codes.device.index))
+    return hopper_costs.choose(m, k, ns, multiprocessors(codes.device))
 
 
 def linear_a8(
@@ -89,7 +89,7 @@ def multiply(
     ns = [weight.shape[0] for weight in weights]
     rows = tile[0]
     tiles = cdiv(m, rows) * sum(cdiv(n, COLUMNS) for n in ns)
-    programs = multiprocessors(codes.device.index)
+    programs = multiprocessors(codes.device)
     shared = tiles_shared(tiles, programs) if tile[1] else 0
     programs = min(programs, max(tiles, shared * cdiv(k, 2 * WIDTH)))
     constants = block(rows, shared > 0, out.dtype)

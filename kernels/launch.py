@@ -37,6 +37,16 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @cache
+def _multiprocessors(kind: str, index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count if kind == "cuda" else 1
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 for the CPU, where Triton's interpreter runs."""
+    return _multiprocessors(device.type, device.index)
+
+
+@cache
 def _early(hopper: bool) -> dict[str, Any]:
     return {"OVERLAP": True, "launch_pdl": True} if hopper else {"OVERLAP": False}
 

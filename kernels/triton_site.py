@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import is_hopper, multiprocessors
 from .reference import scale_of_rms
-from .triton_common import OPTIONS, dot, narrow
+from .triton_common import OPTIONS, begin, dot, narrow
 from .triton_rotate import _codebook, _int8, scale_of
 
 COLUMNS = tl.constexpr(128)
@@ -56,9 +57,7 @@ def sum_project_kernel(
     CHUNKS: tl.constexpr, PROJECT: tl.constexpr, OVERLAP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """z [M, r] and scale [M] from the partial sums; OVERLAP: launched while those may still be computed."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(OVERLAP)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = rows[:, None] < M
     ranks = tl.arange(0, RANKS)
@@ -204,20 +203,10 @@ def project_blocks(m: int) -> dict[str, int]:
 PROGRAMS = 264  # of the projection: two per multiprocessor of the largest chips
 
 
-@cache
-def _chip(kind: str, index: int | None) -> tuple[int, bool]:
-    """Multiprocessors, and whether it is Hopper with a Triton that has kernels for it."""
-    if kind != "cuda":
-        return 1, False
-    chip = torch.cuda.get_device_properties(index)
-    gluon = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-    return chip.multi_processor_count, gluon and (chip.major, chip.minor) == (9, 0)
-
-
 def _on_hopper(x: Tensor, basis: Tensor | None) -> bool:
     """Whether the kernels of `hopper_site` compute a site to which these apply."""
     rank = 0 if basis is None else basis.shape[1]
-    return _chip(x.device.type, x.device.index)[1] and x.shape[0] > 0 and rank % 8 == 0
+    return is_hopper(x.device) and x.shape[0] > 0 and rank % 8 == 0
 
 
 def reads_apart(parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor, block: int) -> bool:
@@ -239,11 +228,10 @@ def rotate_quantize(
     m, k = x.shape[0], signs.shape[0]
     rank = 0 if basis is None else basis.shape[1]
     z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
-    multiprocessors, _ = _chip(x.device.type, x.device.index)
     if _on_hopper(x, basis):
         from . import hopper_site
 
-        codes, scale = hopper_site.rotate_quantize(parts, basis, signs, block, mode, z, multiprocessors)
+        codes, scale = hopper_site.rotate_quantize(parts, basis, signs, block, mode, z, multiprocessors(x.device))
         return codes, scale, z
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -266,7 +254,7 @@ def rotate_quantize(
         CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=False, BM=16, num_warps=4, **OPTIONS,
     )  # fmt: skip
     row_tiles, strips = triton.cdiv(m, site["BM"]), k // site["OUT"]
-    tiles = tiles_per_program(row_tiles, strips, multiprocessors)
+    tiles = tiles_per_program(row_tiles, strips, multiprocessors(x.device))
     site_quantize_kernel[(strips, triton.cdiv(row_tiles, tiles))](
         x, z, basis, signs.contiguous(), scale, codes, m, k, rank, x.stride(0), block**-0.5, tiles,
         PROJECT=rank > 0, BLOCK=block, MODE=mode, **site, **OPTIONS,

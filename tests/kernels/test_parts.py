@@ -106,7 +106,8 @@ def launched(monkeypatch):
     from dirotq.kernels import hopper_site, triton_site
 
     made = []
-    monkeypatch.setattr(triton_site, "_chip", lambda *_: (132, True))
+    monkeypatch.setattr(triton_site, "is_hopper", lambda _: True)
+    monkeypatch.setattr(triton_site, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(hopper_site, "launch", lambda kernel, grid, *arguments, **_: made.append((kernel, arguments)))
     return made
 
