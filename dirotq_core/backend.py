@@ -22,7 +22,6 @@ from torch import nn
 
 from .activations import ACTIVATION_FORMATS
 from .adaptations import teach_libraries
-from .architectures import recipe_for
 from .build import assign, dequantize_linears, quantized_linears, replace_linears
 from .checkpoint import CheckpointError, CheckpointSpec, check_names, check_tensor, checkpoint_tensors
 from .config import DiRotQConfig
@@ -34,6 +33,7 @@ from .linear import DiRotQLinear
 from .methods import method
 from .offloading import check_readable, check_ungrouped, offloaded
 from .peft_habits import forget_merging, remember_merging
+from .repeated_blocks import forget_repeated_blocks, name_repeated_blocks
 from .report import QuantizationReport
 from .single_file.refuse import refuse_quantized
 from .solve import solve_site
@@ -262,8 +262,8 @@ class DiRotQQuantizer(DiffusersQuantizer):
         stop_ignoring_fusing(model)
         _use_diffusers_steps(model)
         forget_merging(model)
-        for name in ("_skip_layerwise_casting_patterns", "_repeated_blocks"):
-            vars(model).pop(name, None)  # `_finish` hid the class's own
+        forget_repeated_blocks(model)
+        vars(model).pop("_skip_layerwise_casting_patterns", None)  # `_finish` hid the class's own
         return model
 
     @property
@@ -326,10 +326,7 @@ def _finish(model: Any) -> None:
     # Only lattice formats are integer products, and only GPUs have the units in question.
     if torch.cuda.is_available() and _multiplies_four_bit_lattice(model):
         _hint_at_eight_bits()
-    # `compile_repeated_blocks` compiles the classes named here; PixArt's class names none.
-    if not getattr(model, "_repeated_blocks", None):
-        stacks = (getattr(model, stack) for stack in recipe_for(model).blocks)
-        model._repeated_blocks = sorted({type(block).__name__ for stack in stacks for block in stack})
+    name_repeated_blocks(model)
 
 
 def attach_quantizer(model: Any, config: DiRotQConfig, dtype: torch.dtype) -> None:

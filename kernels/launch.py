@@ -2,9 +2,10 @@
 
 `kernel[grid](…)` finds out at every launch which compiled variant its arguments ask for. A step of FLUX.1 launches some
 two thousand kernels of ours, and on a fast GPU the host then falls behind. `launch` remembers the variant by what
-decides it and calls it directly.
+decides it and calls it directly, where it can without Triton's own Python (`triton_launcher`).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
+from .triton_launcher import direct, hooked
+
 # A product and a sum are rounded apart, as in the reference: no fused multiply-add.
 OPTIONS = {"enable_fp_fusion": False}
+_NOTHING = nullcontext()
 
-_variants: dict[tuple, tuple[Any, list, Any]] = {}  # the kernel comes last: its id must stay its own
+# What calls a variant directly, in Triton's way, and the kernel: its id must stay its own.
+_variants: dict[tuple, tuple[Any, Any, Any]] = {}
 _MOST_VARIANTS = 10_000  # every number of tokens makes new ones; Triton keeps what it compiled itself
 
 
@@ -62,28 +67,49 @@ def early(device: torch.device) -> dict[str, Any]:
     return _early(is_hopper(device))
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """`torch.cuda.device_of`, at no cost where that device is the current one."""
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+        return _NOTHING
+    return torch.cuda.device_of(tensor)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants, **OPTIONS)` on the current device.
+    """`kernel[grid](*args, **constants, **OPTIONS)` on the current device, that of the tensors.
 
     args: the run-time arguments, in order: tensors, descriptors of tensors, integers, floats. constants: the
     compile-time ones, which come after them in the kernel's signature, and launch options.
     """
-    decides: list[Any] = [id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else -1]
+    decides: list[Any] = [id(kernel)]
+    values: list[Any] = []
+    device = -1
     for arg in args:
         if isinstance(arg, Tensor):
-            decides += (arg.dtype, arg.data_ptr() % 16 == 0)
+            address = arg.data_ptr()
+            decides += (arg.dtype, address % 16 == 0)
+            values.append(address)
+            if device < 0:
+                device = arg.get_device()
         else:  # a number, or a descriptor: its block and layout follow from the dtype and the constants
             base = getattr(arg, "base", None)
             decides.append(arg if base is None else base.dtype)
-    decides += constants.items()
-    key = tuple(decides)
+            values.append(arg)
+    key = (*decides, device, *constants, *constants.values())
     grid = (*grid, 1, 1)[:3]
     known = _variants.get(key)
     if known is not None:
-        known[0][grid](*args, *known[1])
+        variant, rest, _ = known
+        if rest is not None:
+            variant[grid](*args, *rest)
+        elif hooked():
+            kernel[grid](*args, **constants, **OPTIONS)
+        else:
+            variant(grid, torch._C._cuda_getCurrentRawStream(device), values)
         return
     compiled = kernel[grid](*args, **constants, **OPTIONS)
     if len(_variants) >= _MOST_VARIANTS:
         _variants.clear()
     if compiled is not None:  # Triton's interpreter compiles nothing
-        _variants[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]], kernel
+        rest = [constants[name] for name in kernel.arg_names[len(args) :]]
+        variant = direct(compiled, rest) if device >= 0 else None
+        _variants[key] = (compiled, rest, kernel) if variant is None else (variant, None, kernel)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, early, launch
+from .launch import cdiv, early, launch, on_device_of
 from .triton_common import begin, narrow
 
 
@@ -66,7 +66,7 @@ def qk_norm_rope(
     x = queries[0]
     batch, _, heads, d = x.shape
     length = sum(part.shape[1] for part in queries)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         q_out = torch.empty((batch, length, heads, d), dtype=x.dtype, device=x.device)
         k_out = torch.empty_like(q_out)
         cos, sin = cos.contiguous(), sin.contiguous()

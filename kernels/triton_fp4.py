@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, on_device_of
 from .triton_common import dot, low_rank_tile, narrow, tile_of
 
 _OLDEST_FOR_NATIVE = (3, 6)
@@ -138,7 +138,7 @@ def linear_nvfp4(
     z_or_any = weight_scale if z is None else z.contiguous()
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
-    with torch.cuda.device_of(codes):
+    with on_device_of(codes):
         launch(
             linear_nvfp4_kernel, grid,
             codes.contiguous(), block_scale.contiguous(), scale.contiguous(), z_or_any, weight.contiguous(),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, on_device_of
 
 
 def blocks(columns: int, entries: int = 16) -> dict[str, int]:
@@ -55,7 +55,7 @@ def round_columns(
     entries = torch.empty((n, b), dtype=torch.uint8, device=work.device)
     errors = torch.empty((n, b), dtype=torch.float32, device=work.device)
     sizes = blocks(b, len(values))
-    with torch.cuda.device_of(work):
+    with on_device_of(work):
         launch(
             round_columns_kernel, (cdiv(n, sizes["ROWS"]),), work, factor, scale, midpoints, values, entries, errors,
             n, b, work.stride(0), factor.stride(0), scale.stride(0), **sizes,

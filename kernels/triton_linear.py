@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .hopper_costs import FEWEST_TOKENS
-from .launch import cdiv, is_hopper, launch
+from .launch import cdiv, is_hopper, launch, on_device_of
 from .triton_common import decode, gelu, low_rank_tile, narrow, table_words, tile_of
 
 
@@ -101,7 +101,7 @@ def linear_a8_siblings(
     out = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if not out.numel():
         return out
-    with torch.cuda.device_of(codes):
+    with on_device_of(codes):
         if on_hopper(n, 0 if z is None else z.shape[1], codes.device):
             from . import hopper, hopper_packed
 

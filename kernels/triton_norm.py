@@ -3,13 +3,12 @@ by side, in one pass."""
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import cdiv, early, launch
+from .launch import cdiv, early, launch, on_device_of
 from .triton_common import begin, narrow
 
 
@@ -71,7 +70,7 @@ def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: fl
     if d > _WIDEST:
         return reference.norm_modulate(parts, scale, shift, eps)
     tile = blocks(d)
-    with torch.cuda.device_of(scale):
+    with on_device_of(scale):
         out = scale.new_empty((batch, sum(x.shape[1] for x in parts), d))
         parts, scale, shift = [_rows(x) for x in parts if x.numel()], _rows(scale), _rows(shift)
         first = 0

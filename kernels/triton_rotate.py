@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv, launch, on_device_of
 from .reference import SMALLEST_SHARE, scale_of_rms
-from .triton_common import OPTIONS, dot, narrow
+from .triton_common import dot, narrow
 
 # bf16 parts that hold an operand: exactly in the dtypes of x, to fp32's precision in the Hadamard product.
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -211,15 +212,16 @@ def project(x: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     rank = 0 if basis is None else basis.shape[1]
     tile = project_blocks(m)
-    parts = max(1, triton.cdiv(rank, tile["BR"]))
+    parts = max(1, cdiv(rank, tile["BR"]))
     z = torch.empty((m, rank), dtype=torch.bfloat16, device=x.device)
     energy = torch.empty((1 + parts, m), dtype=torch.float32, device=x.device)
     if m:
-        grid = (triton.cdiv(m, tile["BM"]), parts)
+        grid = (cdiv(m, tile["BM"]), parts)
         basis = x if basis is None else basis  # never read if absent
-        project_kernel[grid](
-            x, basis, z, energy, m, k, rank, x.stride(0), PROJECT=rank > 0, PARTS=_PARTS[x.dtype], **tile, **OPTIONS
-        )
+        launch(
+            project_kernel, grid,
+            x, basis, z, energy, m, k, rank, x.stride(0), PROJECT=rank > 0, PARTS=_PARTS[x.dtype], **tile,
+        )  # fmt: skip
     return z, energy
 
 
@@ -229,11 +231,11 @@ def project_blocks(m: int) -> dict[str, int]:
 
 
 def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         site = _Site(x, basis, signs, block)
         v = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if v.numel():
-            rotate_kernel[site.grid](*site.inputs, v, *site.sizes, **site.constants)
+            launch(rotate_kernel, site.grid, *site.inputs, v, *site.sizes, **site.constants)
         return v, site.z
 
 
@@ -242,7 +244,7 @@ def rotate_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_site
 
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if signs is not None and triton_site.applies(x, basis, signs, block):
             return triton_site.rotate_quantize([x], basis, signs, block, mode)
         if signs is not None and basis is not None and triton_site.applies(x, None, signs, block):
@@ -252,7 +254,8 @@ def rotate_quantize(
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         scale = torch.empty(m, dtype=torch.float32, device=x.device)
         if m:
-            quantize_kernel[site.grid](
+            launch(
+                quantize_kernel, site.grid,
                 *site.inputs, site.energy, codes, scale, *site.sizes, len(site.energy) - 1,
                 scale_of_rms(mode, x.shape[1]), MODE=mode, **site.constants,
             )  # fmt: skip
@@ -264,7 +267,7 @@ def rotate_quantize_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_site
 
-    with torch.cuda.device_of(parts[0]):
+    with on_device_of(parts[0]):
         if signs is not None and triton_site.reads_apart(parts, basis, signs, block):
             return triton_site.rotate_quantize(parts, basis, signs, block, mode)
         return rotate_quantize(torch.cat(list(parts), 1), basis, signs, block, mode)
@@ -295,7 +298,7 @@ class _Site:
         m, k = x.shape
         block = 1 if signs is None else block
         tile = blocks(m, block)
-        self.grid = (triton.cdiv(m, tile["BM"]), triton.cdiv(k, tile["CHUNK"]))
+        self.grid = (cdiv(m, tile["BM"]), cdiv(k, tile["CHUNK"]))
         # Absent tensors are never read; any pointer stands in for them.
         signs_or_x = x if signs is None else signs.contiguous()
         self.inputs = (x, self.z, x if basis is None else basis, signs_or_x)
@@ -305,5 +308,4 @@ class _Site:
             "ROTATE": signs is not None,
             "BLOCK": block,
             **tile,
-            **OPTIONS,
         }

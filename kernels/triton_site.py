@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_hopper, multiprocessors
+from .launch import cdiv, is_hopper, launch, multiprocessors
 from .reference import scale_of_rms
-from .triton_common import OPTIONS, begin, dot, narrow
+from .triton_common import begin, dot, narrow
 from .triton_rotate import _codebook, _int8, scale_of
 
 COLUMNS = tl.constexpr(128)
@@ -241,22 +241,25 @@ def rotate_quantize(
         x = x.contiguous()
     basis = x if basis is None or not rank else basis.contiguous()  # never read if absent
     tile, site = project_blocks(m), site_blocks(m)
-    row_tiles, columns = triton.cdiv(m, tile["BM"]), k // COLUMNS.value
-    chunk = triton.cdiv(columns, min(columns, triton.cdiv(PROGRAMS, row_tiles))) * COLUMNS.value
-    chunks = triton.cdiv(k, chunk)
+    row_tiles, columns = cdiv(m, tile["BM"]), k // COLUMNS.value
+    chunk = cdiv(columns, min(columns, cdiv(PROGRAMS, row_tiles))) * COLUMNS.value
+    chunks = cdiv(k, chunk)
     squares = torch.empty((chunks, m), dtype=torch.float32, device=x.device)
     partial = torch.empty((chunks, m, RANKS.value), dtype=torch.float32, device=x.device) if rank else squares
-    partial_project_kernel[(row_tiles, chunks)](
-        x, basis, partial, squares, m, k, rank, x.stride(0), chunk, PROJECT=rank > 0, **tile, **OPTIONS
-    )
-    sum_project_kernel[(triton.cdiv(m, 16),)](
-        partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
-        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=False, BM=16, num_warps=4, **OPTIONS,
+    launch(
+        partial_project_kernel, (row_tiles, chunks),
+        x, basis, partial, squares, m, k, rank, x.stride(0), chunk, PROJECT=rank > 0, **tile,
     )  # fmt: skip
-    row_tiles, strips = triton.cdiv(m, site["BM"]), k // site["OUT"]
+    launch(
+        sum_project_kernel, (cdiv(m, 16),),
+        partial, squares, z, scale, m, k, rank, scale_of_rms(mode, k),
+        CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=False, BM=16, num_warps=4,
+    )  # fmt: skip
+    row_tiles, strips = cdiv(m, site["BM"]), k // site["OUT"]
     tiles = tiles_per_program(row_tiles, strips, multiprocessors(x.device))
-    site_quantize_kernel[(strips, triton.cdiv(row_tiles, tiles))](
+    launch(
+        site_quantize_kernel, (strips, cdiv(row_tiles, tiles)),
         x, z, basis, signs.contiguous(), scale, codes, m, k, rank, x.stride(0), block**-0.5, tiles,
-        PROJECT=rank > 0, BLOCK=block, MODE=mode, **site, **OPTIONS,
+        PROJECT=rank > 0, BLOCK=block, MODE=mode, **site,
     )  # fmt: skip
     return codes, scale, z

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, early, launch
+from .launch import cdiv, early, launch, on_device_of
 from .triton_common import INTERPRETED, begin, decode, dot, low_rank_tile, narrow, table_words, tile_of
 
 FEW_TOKENS = 4
@@ -71,14 +71,31 @@ def _eight(words, t0, t1, t2, t3, ASM: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_groups(w, x_at, token, M, stride_x, within, scale):
-    """Σ over 8 codes of w x, times the scale of the group; w as `_eight` gives it, x_at at its first code."""
-    x_at += tl.minimum(token, M - 1).to(tl.int64) * stride_x  # a token past the end is computed and not stored
-    part = w[0] * tl.load(x_at, mask=within, other=0.0).to(tl.float32)
+def _x_of(x_ptr, token, M, stride_x, start, K, GROUPS: tl.constexpr):
+    """x of a token from `start` on, fp32, as eight [1, GROUPS, 8]: what meets the first code of each word, and so on.
+
+    Read as it lies in memory: a load for each of the eight would touch every line eight times.
+    """
+    k = start + tl.arange(0, 64 * GROUPS)
+    at = x_ptr + tl.minimum(token, M - 1).to(tl.int64) * stride_x  # a token past the end is computed and not stored
+    x = tl.load(at + k, mask=k < K, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (1, GROUPS, 8, 2, 2, 2)))
+    even_0, even_1 = tl.split(even)
+    odd_0, odd_1 = tl.split(odd)
+    x0, x4 = tl.split(even_0)
+    x2, x6 = tl.split(even_1)
+    x1, x5 = tl.split(odd_0)
+    x3, x7 = tl.split(odd_1)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _sum_of_groups(w, x, scale):
+    """Σ over 8 codes of w x, times the scale of the group; w and x as `_eight` and `_x_of` give them."""
+    part = w[0] * x[0]
     for i in tl.static_range(1, 8):
-        x = tl.load(x_at + i, mask=within, other=0.0).to(tl.float32)
         # The product is exact for 16-bit x, so that nothing is lost or gained by rounding it apart.
-        part = tl.fma(w[i], tl.broadcast_to(x, w[i].shape), part)
+        part = tl.fma(w[i], tl.broadcast_to(x[i], w[i].shape), part)
     return part * scale
 
 
@@ -112,9 +129,13 @@ def few_tokens_kernel(
     x_ptr, z_ptr, words_ptr, scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
     M, N, K, words, r, groups, stride_x, t0, t1, t2, t3,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N]: BM tokens, 1, 2 or 4, times BN weight rows of `words` 32-bit words, GROUPS groups at a time."""
+    """out [M, N]: BM tokens, 1, 2 or 4, times BN weight rows of `words` 32-bit words, GROUPS groups at a time.
+
+    Weights and scales of the next STAGES − 1 times are on their way meanwhile.
+    """
     begin(OVERLAP)
     token = tl.program_id(1) * BM
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -127,20 +148,19 @@ def few_tokens_kernel(
     scale_at = scale_ptr + row.to(tl.int64) * groups + at * scale_step
     total_0 = tl.zeros((BN, GROUPS, 8), tl.float32)
     total_1, total_2, total_3 = total_0, total_0, total_0
-    for start in range(0, K, 64 * GROUPS):
+    for start in tl.range(0, K, 64 * GROUPS, num_stages=STAGES):
         within = start // 8 + word < words
         packed = tl.load(word_at + start // 8, mask=(row < N) & within, other=0, eviction_policy="evict_first")
         group = start // 64
         scale = tl.load(scale_at + group * scale_step, mask=(row < N) & (group + at < K // 64), other=0.0)
         scale = scale.to(tl.float32)
         w = _eight(packed, t0, t1, t2, t3, ASM)
-        x_at = x_ptr + start + 8 * word
-        total_0 += _sum_of_groups(w, x_at, token, M, stride_x, within, scale)
+        total_0 += _sum_of_groups(w, _x_of(x_ptr, token, M, stride_x, start, K, GROUPS), scale)
         if BM > 1:
-            total_1 += _sum_of_groups(w, x_at, token + 1, M, stride_x, within, scale)
+            total_1 += _sum_of_groups(w, _x_of(x_ptr, token + 1, M, stride_x, start, K, GROUPS), scale)
         if BM > 2:
-            total_2 += _sum_of_groups(w, x_at, token + 2, M, stride_x, within, scale)
-            total_3 += _sum_of_groups(w, x_at, token + 3, M, stride_x, within, scale)
+            total_2 += _sum_of_groups(w, _x_of(x_ptr, token + 2, M, stride_x, start, K, GROUPS), scale)
+            total_3 += _sum_of_groups(w, _x_of(x_ptr, token + 3, M, stride_x, start, K, GROUPS), scale)
     _add_rest(total_0, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR)
     if BM > 1:
         _add_rest(
@@ -193,7 +213,8 @@ def _biased(table: Sequence[int]) -> list[int]:
 def few_tokens_blocks(m: int) -> dict[str, int]:
     """Tile sizes and launch options of `few_tokens_kernel`, the fastest of a search on an H200."""
     tokens = 1 if m == 1 else 2 if m == 2 else 4
-    return {"BM": tokens, "BN": 8, "GROUPS": 8, "BR": 16, "num_warps": 4 if m == 1 else 8, "num_stages": 2}
+    rows, warps = (8, 4) if m == 2 else (4, 2)
+    return {"BM": tokens, "BN": rows, "GROUPS": 8, "STAGES": 4, "BR": 16, "num_warps": warps, "num_stages": 2}
 
 
 def many_tokens_blocks(m: int, dtype: torch.dtype) -> dict[str, int]:
@@ -228,7 +249,7 @@ def linear_a16(
     low_rank_or_any = weight_scale if low_rank is None else low_rank.contiguous()
     bias_or_any = weight_scale if bias is None else bias.contiguous()
     has = {"HAS_LOW_RANK": rank > 0, "HAS_BIAS": bias is not None}
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if m <= FEW_TOKENS:
             tile = few_tokens_blocks(m)
             asm = not INTERPRETED.value and torch.version.hip is None

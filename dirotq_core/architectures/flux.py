@@ -27,5 +27,6 @@ FLUX = Recipe(
             modulation=("norm.linear",),
             returns=("encoder_hidden_states", "hidden_states"),
         ),
-    }
+    },
+    shared=("time_text_embed", "pos_embed"),
 )

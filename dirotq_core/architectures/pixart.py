@@ -19,5 +19,6 @@ PIXART = Recipe(
                 ("ff.net.2",),
             ),
         ),
-    }
+    },
+    shared=("adaln_single", "caption_projection"),
 )

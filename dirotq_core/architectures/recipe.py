@@ -26,9 +26,13 @@ class BlockRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`blocks` maps the name of a ModuleList of blocks to its recipe; everything else stays in 16 bit."""
+    """`blocks` maps the name of a ModuleList of blocks to its recipe; everything else stays in 16 bit.
+
+    shared: names of modules whose outputs all blocks read.
+    """
 
     blocks: Mapping[str, BlockRecipe]
+    shared: tuple[str, ...] = ()
 
     def groups(self, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[list[str], bool]]:
         """(names present in `linears`, is modulation) of each group of each block, in block order.
