@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from ..kernels import qk_norm_rope
+from .linear import Added
 
 
 class DiRotQFluxAttnProcessor(FluxAttnProcessor):
@@ -26,8 +27,12 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        add: tuple[Added, Added] | None = None,
     ) -> Any:
-        """Arguments and results are those of `FluxAttnProcessor`."""
+        """Arguments and results are those of `FluxAttnProcessor`.
+
+        add: what the results are added to, image and text, where this class `applies` (`DiRotQLinear.forward`).
+        """
         if not applies(attn, image_rotary_emb):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         assert image_rotary_emb is not None
@@ -52,6 +57,8 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         if encoder_hidden_states is None:
             return out
         text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
+        if add is not None:
+            return attn.to_out[0](image.contiguous(), add=add[0]), attn.to_add_out(text.contiguous(), add=add[1])
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
 

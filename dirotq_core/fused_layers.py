@@ -1,29 +1,32 @@
 """Layers of a quantized model whose elementwise steps run inside our kernels instead of as passes of their own.
 
-GELU ends the product before it, norm and modulation are one pass, and FLUX.1's single blocks put neither text and image
-nor attention and MLP together first. Each class is diffusers' own, takes its place in `use_fused_layers`, and computes
-diffusers' steps where something else has to see what lies between them or asks for more than our kernels do: gradients,
-LoRAs, hooks, autocast. Those are called as functions: a hook may keep a `forward` of these classes when
-`use_plain_layers` has given diffusers' back.
+GELU ends the product before it, as do gate and residual; norm and modulation are one pass; FLUX.1's single blocks put
+neither text and image nor attention and MLP together first. Each class is diffusers' own, takes its place in
+`use_fused_layers`, and computes diffusers' steps where something else has to see what lies between them or asks for
+more than our kernels do: gradients, LoRAs, hooks, autocast. Those are called as functions: a hook may keep a `forward`
+of these classes when `use_plain_layers` has given diffusers' back.
 """
 
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import activations, normalization
+from diffusers.models.attention import FeedForward
 from diffusers.models.transformers import transformer_flux
 from torch import nn
 
 from ..kernels import norm_modulate
+from .flux_attention import DiRotQFluxAttnProcessor, applies
 from .linear import DiRotQLinear
 
 # Plain functions: the compiler knows no way through a method of diffusers' class, which it keeps in the graph whole.
 _PLAIN_GELU = activations.GELU.forward
 _PLAIN_NORM = normalization.AdaLayerNormZero.forward
+_PLAIN_DOUBLE = transformer_flux.FluxTransformerBlock.forward
 _PLAIN_SINGLE = transformer_flux.FluxSingleTransformerBlock.forward
 
 #: diffusers' hooks that only move or cast a module's own weights.
@@ -67,6 +70,21 @@ def _fits_norm(norm: nn.Module, parts: list[torch.Tensor], emb: torch.Tensor) ->
     )
 
 
+def _fits_sum(linear: nn.Module, parts: list[torch.Tensor], gate: torch.Tensor) -> bool:
+    """Whether `linear` can end with the gate and the residual: they have no gradient there, and one dtype."""
+    return (
+        _fits(linear)
+        and _skippable(linear)  # nobody looks at what it returns
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(gate.device.type)
+        and all(part.dtype == gate.dtype and len(part) == len(gate) for part in parts)
+    )
+
+
+def _no_dropout(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout and _skippable(module) and (module.p == 0 or not module.training)
+
+
 class GELU(activations.GELU):
     """diffusers' linear with GELU behind it."""
 
@@ -91,6 +109,57 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
             return _PLAIN_NORM(self, x, timestep, class_labels, hidden_dtype, emb)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
         return norm_modulate([x], scale, shift, self.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
+
+
+class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
+    """diffusers' double block of FLUX.1."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        image, text = hidden_states, encoder_hidden_states
+        if not self._fits(image, text, temb, image_rotary_emb):
+            return _PLAIN_DOUBLE(self, image, text, temb, image_rotary_emb, joint_attention_kwargs)
+        own, gate, shift, scale, gate_mlp = self.norm1(image, emb=temb)
+        own_text, gate_text, shift_text, scale_text, gate_mlp_text = self.norm1_context(text, emb=temb)
+        image, text = self.attn(
+            hidden_states=own, encoder_hidden_states=own_text, image_rotary_emb=image_rotary_emb,
+            add=(([image], gate), ([text], gate_text)), **(joint_attention_kwargs or {}),
+        )  # fmt: skip
+        image = _mlp(self.ff, norm_modulate([image], scale, shift, self.norm2.eps), image, gate_mlp)
+        own_text = norm_modulate([text], scale_text, shift_text, self.norm2_context.eps)
+        text = _mlp(self.ff_context, own_text, text, gate_mlp_text)
+        return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, image
+
+    def _fits(self, image: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rotary: Any) -> bool:
+        attn = self.attn
+        if type(attn.processor) is not DiRotQFluxAttnProcessor or not _skippable(attn) or not applies(attn, rotary):
+            return False
+        return (
+            _no_dropout(attn.to_out[1])
+            and _fits_sum(attn.to_out[0], [image], temb)
+            and _fits_sum(attn.to_add_out, [text], temb)
+            and _fits_norm(self.norm2, [image], temb)
+            and _fits_norm(self.norm2_context, [text], temb)
+            and _fits_mlp(self.ff, image, temb)
+            and _fits_mlp(self.ff_context, text, temb)
+        )
+
+
+def _fits_mlp(ff: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> bool:
+    if type(ff) is not FeedForward or not _skippable(ff):
+        return False
+    net = list(cast(nn.ModuleList, ff.net))
+    return len(net) == 3 and _no_dropout(net[1]) and _fits_sum(net[2], [x], emb)
+
+
+def _mlp(ff: FeedForward, x: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return ff.net[2](ff.net[0](x), add=([residual], gate))
 
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
@@ -119,21 +188,25 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
             mlp = self.act_mlp(self.proj_mlp(normed))
         attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         both = attention, mlp
+        sizes = [part.shape[1] for part in parts]
+        if _fits_sum(self.proj_out, parts, gate):
+            text, image = self.proj_out(both, add=(parts, gate)).split(sizes, 1)
+            if text.dtype == torch.float16:
+                return text.clip(-65504, 65504), image.clip(-65504, 65504)
+            return text, image
         out = gate.unsqueeze(1) * self.proj_out(both if _fits(self.proj_out) else torch.cat(both, 2))
-        text, image = (part + own for part, own in zip(parts, out.split([p.shape[1] for p in parts], 1), strict=True))
+        text, image = (part + own for part, own in zip(parts, out.split(sizes, 1), strict=True))
         if text.dtype == torch.float16:
             return text.clip(-65504, 65504), image.clip(-65504, 65504)
         return text, image
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    cls.__bases__[0]: cls for cls in (GELU, AdaLayerNormZero, FluxSingleTransformerBlock)
+    cls.__bases__[0]: cls for cls in (GELU, AdaLayerNormZero, FluxTransformerBlock, FluxSingleTransformerBlock)
 }
 # diffusers' caches look blocks up by their class.
-TransformerBlockRegistry.register(
-    FluxSingleTransformerBlock,
-    copy(TransformerBlockRegistry.get(transformer_flux.FluxSingleTransformerBlock)),
-)
+for _block in (FluxTransformerBlock, FluxSingleTransformerBlock):
+    TransformerBlockRegistry.register(_block, copy(TransformerBlockRegistry.get(_block.__bases__[0])))
 
 
 def use_fused_layers(model: nn.Module) -> None:

@@ -14,6 +14,9 @@ from .input_site import InputSite, PinnedDtypes, SiteOutput, as_dtype, empty_par
 from .layout import SitePlan
 from .offloading import group_hook
 
+#: Parts of a residual, and a gate.
+Added = tuple[list[torch.Tensor], torch.Tensor]
+
 
 class DiRotQLinear(PinnedDtypes, nn.Linear):
     """A linear with packed weights of 2 to 4 bits: y = z Lᵀ + s ⊗ t · (codes_v · codes_Wᵀ) + b, or z Lᵀ + v̂ Ŵᵀ + b.
@@ -118,12 +121,20 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
             return owner(x, site_only=True)
         return self.site(x, True) if trained else self.site(x)
 
-    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], site_only: bool = False, gelu: bool = False) -> Any:
+    def forward(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, ...],
+        site_only: bool = False,
+        gelu: bool = False,
+        add: Added | None = None,
+    ) -> Any:
         """x [..., K] bfloat16, float16 or float32 → [..., N] in x's dtype.
 
         x may lie in several tensors [..., K_i], which need not be put together then. site_only: what `_input` wants, of
         x in one piece.
         gelu: GELU in its tanh form of the result, rounded with it once where one kernel computes both.
+        add: parts [B, S_i, N] of a residual, side by side along S, and a gate [B, N], of x's dtype → residual + gate ·
+        result. Without gradients.
         """
         site = self.site
         if isinstance(x, tuple):
@@ -131,7 +142,7 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
             if trained or not site.reads_parts or len({part.dtype for part in x}) > 1:
                 x = torch.cat(x, -1)
             else:
-                return self._of_parts(x, gelu)
+                return self._of_parts(x, gelu, add)
         if site_only:
             return self._input(x)
         if self._trained(x):
@@ -154,19 +165,24 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
         elif self.table is None:
             y = self._dense_product(out)
         elif out.scale is not None:
-            y, gelu = self._lattice_product(out, x.dtype, gelu), False
+            y, gelu, add = self._lattice_product(out, x.dtype, gelu, add), False, None
         else:
             scale = self.weight_scale.reshape(self.out_features, -1)
             y = ops.linear_a16(out.a, out.z, self.codes, scale, self.branch, self.bias, self.table)
         if gelu:
             y = nn.functional.gelu(y, approximate="tanh")
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if add is None else torch.cat(add[0], 1) + add[1].unsqueeze(1) * y
 
-    def _of_parts(self, x: tuple[torch.Tensor, ...], gelu: bool) -> torch.Tensor:
-        y = self._lattice_product(self.site(x), x[0].dtype, gelu)
+    def _of_parts(self, x: tuple[torch.Tensor, ...], gelu: bool, add: Added | None) -> torch.Tensor:
+        y = self._lattice_product(self.site(x), x[0].dtype, gelu, add)
         return y.reshape(*x[0].shape[:-1], self.out_features)
 
-    def _lattice_product(self, out: SiteOutput, dtype: torch.dtype, gelu: bool) -> torch.Tensor:
+    def _lattice_product(self, out: SiteOutput, dtype: torch.dtype, gelu: bool, add: Added | None) -> torch.Tensor:
+        if add is not None:
+            return ops.linear_a8_add(
+                out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, *add
+            )
         return ops.linear_a8(
             out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, dtype, gelu
         )

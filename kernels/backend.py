@@ -23,6 +23,7 @@ _TRITON_MODULE = {
     "rotate_quantize": "triton_rotate",
     "rotate_quantize_parts": "triton_rotate",
     "linear_a8": "triton_linear",
+    "linear_a8_add": "triton_linear",
     "linear_a8_siblings": "triton_linear",
     "linear_a16": "triton_w4a16",
     "linear_nvfp4": "triton_fp4",

@@ -175,6 +175,35 @@ def _quantized_weight(
     _device("codes", codes, weight=weight, weight_scale=weight_scale, low_rank=low_rank, bias=bias)
 
 
+def linear_a8_add(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    residual: Sequence[Tensor],
+    gate: Tensor | None,
+) -> None:
+    if not residual:
+        raise ValueError("residual is empty; at least one part is needed")
+    first, n = residual[0], weight.shape[0]
+    linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, first.dtype)
+    for i, part in enumerate(residual):
+        _shape(f"residual[{i}]", part, "B" if i == 0 else first.shape[0], f"S_{i}", n)
+        _dtype(f"residual[{i}]", part, first.dtype)
+        _device("codes", codes, **{f"residual[{i}]": part})
+    tokens = first.shape[0] * sum(part.shape[1] for part in residual)
+    if tokens != codes.shape[0]:
+        raise ValueError(f"residual has {tokens} tokens, codes have {codes.shape[0]}; as many are needed")
+    if gate is not None:
+        _shape("gate", gate, first.shape[0], n)
+        _dtype("gate", gate, first.dtype)
+        _device("codes", codes, gate=gate)
+
+
 def linear_a8_siblings(
     codes: Tensor,
     scale: Tensor,

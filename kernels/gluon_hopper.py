@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Gluon's names differ between Triton 3.6 and 3.9.
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 BM = gl.constexpr(128)
@@ -36,6 +37,30 @@ else:
     @gluon.jit
     def _as_bf16(buffer, rows: gl.constexpr, layout: gl.constexpr):
         return buffer.reinterpret(gl.bfloat16, [rows, RANKS], layout)
+
+
+if hasattr(gl.shared_memory_descriptor, "_reinterpret"):
+
+    @gluon.jit
+    def _as_outputs(buffers, count: gl.constexpr, desc):
+        return buffers._reinterpret(desc.dtype, [count, BM // 2, 128], desc.layout)
+
+else:
+
+    @gluon.jit
+    def _as_outputs(buffers, count: gl.constexpr, desc):
+        return buffers.reinterpret(desc.dtype, [count, BM // 2, 128], desc.layout)
+
+
+@gluon.jit
+def _residual_buf(a_bufs, w_bufs, slot, desc, BN: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr):
+    """Where a warpgroup finds 128 columns of its rows of the residual, in the buffers of a step."""
+    if BN == 256:
+        return _as_outputs(w_bufs, 2 * STAGES, desc).index(2 * slot + HALF)
+    elif HALF == 0:
+        return _as_outputs(w_bufs, STAGES, desc).index(slot)
+    else:
+        return _as_outputs(a_bufs, STAGES, desc).index(slot)
 
 
 # A kernel launched with `launch_pdl` starts when all programs of the one before it have called
@@ -100,8 +125,8 @@ def _before(slot, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load(
-    a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles,
-    BN: gl.constexpr, STAGES: gl.constexpr,
+    a_desc, w_desc, z_desc, l_desc, residual_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles,
+    ADD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     z_layout: gl.constexpr = z_desc.layout
     slot = 0
@@ -128,6 +153,17 @@ def _load(
             copy_in(z_desc, [row + BM // 2, k], ready, z_1)
             copy_in(l_desc, [col, k], ready, low_rank)
             slot, phase = _next(slot, phase, STAGES)
+        if ADD:
+            for part in gl.static_range(BN // 128):
+                ready = full.index(slot)
+                mbarrier.wait(empty.index(slot), phase ^ 1)
+                mbarrier.expect(ready, BM * 128 * 2)
+                at = col + part * 128
+                upper = _residual_buf(a_bufs, w_bufs, slot, residual_desc, BN, STAGES, 0)
+                lower = _residual_buf(a_bufs, w_bufs, slot, residual_desc, BN, STAGES, 1)
+                copy_in(residual_desc, [row, at], ready, upper)
+                copy_in(residual_desc, [row + BM // 2, at], ready, lower)
+                slot, phase = _next(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -142,10 +178,10 @@ def _split(x, PARTS: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_buf, full, empty,
-    M, N, K, rank, tiles,
-    TOTAL: gl.constexpr, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr, HALF: gl.constexpr,
+    out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs, out_buf,
+    full, empty, M, N, K, rank, image, tiles,
+    TOTAL: gl.constexpr, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     # Triton offers the int8 instruction with at most 224 columns.
     columns: gl.constexpr = 128 if TOTAL == gl.int32 else BN
@@ -193,23 +229,38 @@ def _multiply(
         if GELU:
             y = gelu(y)
         parts = _split(y.to(out_desc.dtype), PARTS)
-        for part in gl.static_range(PARTS):
+        for i in gl.static_range(PARTS):
+            part = parts[i]
+            if ADD:  # a part at a time: the registers hold no more of residual and gate
+                mbarrier.wait(full.index(slot), phase)
+                if GATED:
+                    cols = col + i * width + gl.arange(0, width, gl.SliceLayout(0, part.type.layout))
+                    gate_at = gate_ptr + gl.minimum(row, M - 1) // image * N
+                    gate = gl.load(gate_at + cols, mask=cols < N, other=0.0)
+                    part = part.to(gl.float32) * gl.expand_dims(gate.to(gl.float32), 0)
+                residual = _residual_buf(a_bufs, w_bufs, slot, residual_desc, BN, STAGES, HALF)
+                part = residual.load(part.type.layout).to(gl.float32) + part.to(gl.float32)
+                barrier()
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot, phase = _next(slot, phase, STAGES)
             tma.store_wait(0)
-            out_buf.store(parts[part])
+            out_buf.store(part.to(out_desc.dtype))
             fence_async_shared()
-            copy_out(out_desc, [row, col + part * width], out_buf)
+            copy_out(out_desc, [row, col + i * width], out_buf)
     tma.store_wait(0)
 
 
 @gluon.jit
 def linear_a8_hopper_kernel(
-    a_desc, w_desc, z_desc, l_desc, out_desc, scale_ptr, weight_scale_ptr, bias_ptr, M, N, K, rank,
-    TOTAL: gl.constexpr, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr,
+    a_desc, w_desc, z_desc, l_desc, out_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr,
+    M, N, K, rank, image,
+    TOTAL: gl.constexpr, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = ((Σ_k a w) · s) · t + z Lᵀ + b, or GELU of it, for unpacked weights w [N, K].
 
-    One program per multiprocessor.
+    ADD: residual [M, N] + that rounded, GATED: times gate [M / image, N], a row for each `image` rows; the rows of a
+    warpgroup are of one image, and the output is 16-bit. One program per multiprocessor.
     """
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, BM // 2, BK], a_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK], w_desc.layout)
@@ -223,15 +274,18 @@ def linear_a8_hopper_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_bufs.index(0), full, empty,
-                M, N, K, rank, tiles, TOTAL, HAS_BIAS, GELU, BN, STAGES, PARTS, 0,
+                out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs,
+                out_bufs.index(0), full, empty, M, N, K, rank, image, tiles,
+                TOTAL, HAS_BIAS, GELU, ADD, GATED, BN, STAGES, PARTS, 0,
             )),
             (_multiply, (
-                out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, a_bufs, w_bufs, out_bufs.index(1), full, empty,
-                M, N, K, rank, tiles, TOTAL, HAS_BIAS, GELU, BN, STAGES, PARTS, 1,
+                out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs,
+                out_bufs.index(1), full, empty, M, N, K, rank, image, tiles,
+                TOTAL, HAS_BIAS, GELU, ADD, GATED, BN, STAGES, PARTS, 1,
             )),
             (_load, (
-                a_desc, w_desc, z_desc, l_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles, BN, STAGES,
+                a_desc, w_desc, z_desc, l_desc, residual_desc, a_bufs, w_bufs, full, empty, M, N, K, rank, tiles,
+                ADD, BN, STAGES,
             )),
         ],
         [4, 1],

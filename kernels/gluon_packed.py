@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_hopper import _before, _next, copy_in, copy_out, gelu, wait_for_previous_kernel
-from .gluon_work import BK, BN, count_pieces, gather, leave, piece_of, share_of, sibling_of, tile_of
+from .gluon_work import BK, BN, barrier, count_pieces, gather, leave, piece_of, share_of, sibling_of, tile_of
 
 RANKS = gl.constexpr(32)  # bf16 columns of z and L in a buffer of BK / 2 bytes
 UNROLL = gl.constexpr(4)
@@ -212,10 +212,11 @@ def _steps(
 
 @gluon.jit
 def _multiply(
-    out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, space_ptr, a_bufs, w_bufs, out_buf, scale_buf,
-    full, empty, M, Ns, K, rank, col_tiles, tiles, shared, t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    SHARED: gl.constexpr, HALF: gl.constexpr,
+    out_desc, z_desc, l_descs, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
+    a_bufs, w_bufs, out_buf, scale_buf, residual_ready, full, empty,
+    M, Ns, K, rank, image, col_tiles, tiles, shared, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     columns: gl.constexpr = 128 if BM > 128 else BM  # Triton offers the int8 instruction with at most 224 columns
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32])
@@ -228,12 +229,18 @@ def _multiply(
     parts, pieces = count_pieces(first, last, tiles, shared, units, SHARED)
     slot = 0
     phase = 0
+    residual_phase = 0
     wait_for_previous_kernel()
     for i in range(0, pieces):
         tile, start, stop = piece_of(i, parts, first, last, shared, units, SHARED)
         row, col_tile = tile_of(tile, M, col_tiles, BM)
         which, col, out_col = sibling_of(col_tile, Ns)
         N = _pick(Ns, which)
+        if ADD:  # on its way meanwhile, to where the output leaves from
+            if start == 0:
+                tma.store_wait(0)
+                mbarrier.expect(residual_ready, BM * rows * 2)
+                copy_in(residual_desc, [row, out_col + HALF * rows], residual_ready, out_buf)
         col += HALF * rows
         # For the end of the tile, on their way meanwhile.
         tokens = row + gl.arange(0, BM, flat)
@@ -245,6 +252,10 @@ def _multiply(
             bias = gl.load(_pick(biases, which) + outputs_16, mask=outputs_16 < N, other=0.0)
         else:
             bias = weight_scale
+        gate = bias
+        if GATED:
+            gate_at = gate_ptr + gl.minimum(row, M - 1) // image * N
+            gate = gl.load(gate_at + outputs_16, mask=outputs_16 < N, other=0.0)
         total = gl.zeros([rows, BM], gl.int32, layout)
         steps = gl.minimum(2 * stop, (K + BK - 1) // BK) - 2 * start
         total, slot, phase = _steps(
@@ -265,19 +276,23 @@ def _multiply(
             y = y * gl.expand_dims(weight_scale, 1)
             y = gl.convert_layout(y, layout_16)
             slot, phase = _finish(
-                y, bias, out_desc, z_desc, l_descs, a_bufs, w_bufs, out_buf, full, empty, slot, phase, row, out_col,
-                rank, which, HAS_BIAS, GELU, BM, STAGES, PARTS, HALF,
+                y, bias, gate, out_desc, z_desc, l_descs, a_bufs, w_bufs, out_buf, residual_ready, residual_phase,
+                full, empty, slot, phase, row, out_col, rank, which,
+                HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, HALF,
             )  # fmt: skip
+            residual_phase ^= 1
     tma.store_wait(0)
 
 
 @gluon.jit
 def _finish(
-    y, bias, out_desc, z_desc, l_descs, a_bufs, w_bufs, out_buf, full, empty, slot, phase, row, out_col, rank,
-    which, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    HALF: gl.constexpr,
+    y, bias, gate, out_desc, z_desc, l_descs, a_bufs, w_bufs, out_buf, residual_ready, residual_phase, full, empty,
+    slot, phase, row, out_col, rank, which,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """y plus the low-rank branch and the bias, or GELU of that, on its way to the output."""
+    """y plus the low-rank branch and the bias, or GELU of that, or the residual plus the gate times that, on its way to
+    the output."""
     rows: gl.constexpr = BN // 2
     width: gl.constexpr = BM // PARTS
     z_layout: gl.constexpr = z_desc.layout
@@ -295,6 +310,14 @@ def _finish(
     if GELU != 0:
         if ((GELU >> which) & 1) != 0:
             y = gelu(y)
+    if ADD:
+        y = y.to(out_desc.dtype).to(gl.float32)
+    if GATED:
+        y = y * gl.expand_dims(gate.to(gl.float32), 1)
+    if ADD:
+        mbarrier.wait(residual_ready, residual_phase)
+        y = out_buf.permute((1, 0)).load(y.type.layout).to(gl.float32) + y
+        barrier()  # all have read before one writes
     parts = _split(y.to(out_desc.dtype), PARTS)
     for part in gl.static_range(PARTS):
         tma.store_wait(0)
@@ -306,10 +329,10 @@ def _finish(
 
 @gluon.jit
 def _product(
-    a_desc, w_descs, z_desc, l_descs, out_desc, scale_ptr, weight_scales, biases, space_ptr, M, Ns, K, rank, shared,
-    t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    SHARED: gl.constexpr,
+    a_desc, w_descs, z_desc, l_descs, out_desc, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
+    M, Ns, K, rank, image, shared, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     w_desc = w_descs[0]
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
@@ -320,9 +343,12 @@ def _product(
     scale_1 = gl.allocate_shared_memory(gl.float32, [BM], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    residual_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
+    for half in gl.static_range(2):
+        mbarrier.init(residual_ready.index(half), count=1)
     col_tiles = 0
     for i in gl.static_range(len(Ns)):
         col_tiles += (Ns[i] + BN - 1) // BN
@@ -330,14 +356,16 @@ def _product(
     gl.warp_specialize(
         [
             (_multiply, (
-                out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, space_ptr, a_bufs, w_bufs,
-                out_bufs.index(0), scale_0, full, empty, M, Ns, K, rank, col_tiles, tiles, shared, t0, t1, t2, t3,
-                HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED, 0,
+                out_desc, z_desc, l_descs, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
+                a_bufs, w_bufs, out_bufs.index(0), scale_0, residual_ready.index(0), full, empty,
+                M, Ns, K, rank, image, col_tiles, tiles, shared, t0, t1, t2, t3,
+                HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, SHARED, 0,
             )),
             (_multiply, (
-                out_desc, z_desc, l_descs, scale_ptr, weight_scales, biases, space_ptr, a_bufs, w_bufs,
-                out_bufs.index(1), scale_1, full, empty, M, Ns, K, rank, col_tiles, tiles, shared, t0, t1, t2, t3,
-                HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED, 1,
+                out_desc, z_desc, l_descs, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
+                a_bufs, w_bufs, out_bufs.index(1), scale_1, residual_ready.index(1), full, empty,
+                M, Ns, K, rank, image, col_tiles, tiles, shared, t0, t1, t2, t3,
+                HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, SHARED, 1,
             )),
             (_load, (
                 a_desc, w_descs, z_desc, l_descs, a_bufs, w_bufs, full, empty, M, Ns, K, rank, col_tiles, tiles,
@@ -349,22 +377,24 @@ def _product(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "rank", "shared", "t0", "t1", "t2", "t3"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "rank", "image", "shared", "t0", "t1", "t2", "t3"])
 def linear_a8_packed_kernel(
-    a_desc, z_desc, out_desc, scale_ptr, space_ptr, w_desc, l_desc, weight_scale_ptr, bias_ptr, M, N, K, rank, shared,
-    t0, t1, t2, t3,
-    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    SHARED: gl.constexpr,
+    a_desc, z_desc, out_desc, scale_ptr, space_ptr, w_desc, l_desc, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr,
+    M, N, K, rank, image, shared, t0, t1, t2, t3,
+    HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = ((Σ_k a ŵ) · s) · t + z Lᵀ + b for packed weights [N, K / 4] in 16-bit words, or GELU of it.
 
-    GELU: 0 or 1; of siblings, a bit for each. SHARED: all programs share the work on the first `shared` tiles.
+    ADD, GATED: as in `gluon_hopper`; all rows of a tile are of one image then, and PARTS is 1. GELU: 0 or 1; of
+    siblings, a bit for each. SHARED: all programs share the work on the first `shared` tiles.
     `space_ptr` is then of memory for BN · BM 32-bit words of each program and four more, none of which is read before
     it was written but for the flags, by `LEFT`.
     """
     _product(
-        a_desc, (w_desc,), z_desc, (l_desc,), out_desc, scale_ptr, (weight_scale_ptr,), (bias_ptr,), space_ptr,
-        M, (N,), K, rank, shared, t0, t1, t2, t3, HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED,
+        a_desc, (w_desc,), z_desc, (l_desc,), out_desc, residual_desc, scale_ptr, (weight_scale_ptr,), (bias_ptr,),
+        gate_ptr, space_ptr, M, (N,), K, rank, image, shared, t0, t1, t2, t3,
+        HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, SHARED,
     )  # fmt: skip
 
 
@@ -379,8 +409,8 @@ def siblings_packed_kernel(
 ):  # fmt: skip
     """The same of up to four weights side by side; a missing one has N = 0."""
     _product(
-        a_desc, (w0_desc, w1_desc, w2_desc, w3_desc), z_desc, (l0_desc, l1_desc, l2_desc, l3_desc), out_desc,
+        a_desc, (w0_desc, w1_desc, w2_desc, w3_desc), z_desc, (l0_desc, l1_desc, l2_desc, l3_desc), out_desc, out_desc,
         scale_ptr, (weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, weight_scale3_ptr),
-        (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr), space_ptr, M, (N0, N1, N2, N3), K, rank, shared, t0, t1, t2, t3,
-        HAS_BIAS, GELU, BM, STAGES, PARTS, SHARED,
+        (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr), scale_ptr, space_ptr, M, (N0, N1, N2, N3), K, rank, M, shared,
+        t0, t1, t2, t3, HAS_BIAS, GELU, False, False, BM, STAGES, PARTS, SHARED,
     )  # fmt: skip

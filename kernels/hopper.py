@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .addend import Addend
 from .gluon_hopper import BK, BM, RANKS, linear_a8_hopper_kernel
 from .hopper_costs import unpacked_columns
 from .launch import cdiv, launch, multiprocessors
@@ -63,10 +64,11 @@ def aligned(tensor: Tensor) -> Tensor:
 def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, w: Tensor, weight_scale: Tensor,
     low_rank: Tensor | None, bias: Tensor | None, gelu: bool, out: Tensor, tile: dict[str, int] | None = None,
+    add: Addend | None = None,
 ) -> Tensor:  # fmt: skip
     """out [M, N] of `linear_a8` for unpacked weights w [N, K] of the dtype of the codes, int8 or e4m3.
 
-    The rows of out may be strided.
+    The rows of out may be strided. add: one that `fits` the rows of a warpgroup; out is of its dtype, which is 16-bit.
     """
     m, k = codes.shape
     n = w.shape[0]
@@ -80,11 +82,15 @@ def multiply(
     l_desc = descriptor(right, tile["BN"], RANK)
     out_desc = descriptor(out, HALF, tile["BN"] // tile["PARTS"])
     tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
+    residual, gate, image = (None, None, 1) if add is None else add
+    residual_desc = out_desc if residual is None else descriptor(aligned(residual), HALF, tile["BN"] // tile["PARTS"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     launch(
         linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        m, n, k, rank, TOTAL=total, HAS_BIAS=bias is not None, GELU=gelu, **tile, num_warps=4, launch_pdl=True,
+        residual_desc, scale if gate is None else gate, m, n, k, rank, image,
+        TOTAL=total, HAS_BIAS=bias is not None, GELU=gelu, ADD=add is not None, GATED=gate is not None, **tile,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
 
@@ -105,8 +111,9 @@ def linear_a8(
     table: Sequence[int],
     gelu: Sequence[bool],
     out: Tensor,
+    add: Addend | None = None,
 ) -> Tensor:
-    """`linear_a8_siblings` into `out`, for what this module `takes`.
+    """`linear_a8_siblings` into `out`, for what this module `takes`; with `add` of a single one.
 
     Weights are unpacked anyway, so siblings that end alike meet in one matrix at no cost.
     """
@@ -123,7 +130,7 @@ def linear_a8(
         for weight in weights[first:last]:  # right before the product: each waits for the kernel before it
             unpack(aligned(weight), table, codes.dtype, overlap=True, out=w[row : row + weight.shape[0]])
             row += weight.shape[0]
-        multiply(codes, scale, z, w, weight_scale, low_rank, bias, curved, out[:, begin:end])
+        multiply(codes, scale, z, w, weight_scale, low_rank, bias, curved, out[:, begin:end], add=add)
         first, begin = last, end
     return out
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import hopper_costs
+from .addend import Addend
 from .gluon_packed import BK, BN, RANKS, linear_a8_packed_kernel, siblings_packed_kernel
 from .hopper import aligned, descriptor
 from .hopper_costs import tiles_shared
@@ -56,11 +57,11 @@ def choose(codes: Tensor, weights: Sequence[Tensor], table: Sequence[int]) -> tu
 def linear_a8(
     codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
     low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], gelu: Sequence[bool],
-    tile: tuple[int, bool], out: Tensor,
+    tile: tuple[int, bool], out: Tensor, add: Addend | None = None,
 ) -> Tensor:  # fmt: skip
     """`linear_a8_siblings` into `out`, for what this module `takes`: up to four weights in one launch.
 
-    tile: tokens of a tile, one of `STAGES`, and whether programs share tiles.
+    tile: tokens of a tile, one of `STAGES`, and whether programs share tiles. add: as in `multiply`.
     """
     codes, scale, z = aligned(codes), scale.contiguous(), None if z is None else aligned(z)
     start = 0
@@ -73,7 +74,7 @@ def linear_a8(
         end = start + sum(weight.shape[0] for weight in weights[first:last])
         multiply(
             codes, scale, z, weights[first:last], weight_scales[first:last], low_ranks[first:last], biases[first:last],
-            table, gelu[first:last], tile, out[:, start:end],
+            table, gelu[first:last], tile, out[:, start:end], add,
         )  # fmt: skip
         start, first = end, last
     return out
@@ -82,9 +83,12 @@ def linear_a8(
 def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
     low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], gelu: Sequence[bool],
-    tile: tuple[int, bool], out: Tensor,
+    tile: tuple[int, bool], out: Tensor, add: Addend | None = None,
 ) -> None:  # fmt: skip
-    """One launch of `linear_a8` into `out`, whose rows may be strided."""
+    """One launch of `linear_a8` into `out`, whose rows may be strided.
+
+    add: of a single weight, one that `fits` the tile; out is of its dtype, which is 16-bit.
+    """
     m, k = codes.shape
     ns = [weight.shape[0] for weight in weights]
     rows = tile[0]
@@ -107,18 +111,23 @@ def multiply(
         [weight_scale.contiguous() for weight_scale in weight_scales],
         [bias.contiguous() for bias in biases] or [weight_scales[0]],
     ]
-    kernel = linear_a8_packed_kernel
-    if len(weights) > 1:
-        kernel = siblings_packed_kernel
-        columns = [[*column, *[column[-1]] * (SIBLINGS - len(column))] for column in columns]
-        ns += [0] * (SIBLINGS - len(ns))
     words = expansion(tuple(table))
     assert words is not None, f"the table {table} has no such words; `takes` says so"
+    out_desc = descriptor(out, rows // constants["PARTS"], COLUMNS // 2)
+    constants |= {"HAS_BIAS": len(biases) > 0, "GELU": sum(curved << i for i, curved in enumerate(gelu))}
+    before = descriptor(codes, rows, WIDTH), descriptor(left, rows, RANK), out_desc, scale, space
+    if len(weights) > 1:
+        ns += [0] * (SIBLINGS - len(ns))
+        siblings = [tensor for column in columns for tensor in (*column, *[column[-1]] * (SIBLINGS - len(column)))]
+        launch(
+            siblings_packed_kernel, (programs,), *before, *siblings, m, *ns, k, rank, shared, *words,
+            **constants, num_warps=4, launch_pdl=True,
+        )  # fmt: skip
+        return
+    residual, gate, image = (None, None, m) if add is None else add
+    residual_desc = out_desc if residual is None else descriptor(aligned(residual), rows, COLUMNS // 2)
     launch(
-        kernel, (programs,),
-        descriptor(codes, rows, WIDTH), descriptor(left, rows, RANK),
-        descriptor(out, rows // constants["PARTS"], COLUMNS // 2), scale, space,
-        *columns[0], *columns[1], *columns[2], *columns[3], m, *ns, k, rank, shared, *words,
-        HAS_BIAS=len(biases) > 0, GELU=sum(curved << i for i, curved in enumerate(gelu)), **constants,
-        num_warps=4, launch_pdl=True,
+        linear_a8_packed_kernel, (programs,), *before, *(column[0] for column in columns),
+        residual_desc, scale if gate is None else gate, m, *ns, k, rank, image, shared, *words,
+        **constants, ADD=add is not None, GATED=gate is not None, num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from .backend import implementation
 from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 5
+API_VERSION = 6
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -36,6 +36,8 @@ SCHEMAS = {
     "rotate": "(Tensor x, Tensor? basis, Tensor? signs, int block) -> (Tensor v, Tensor z)",
     "linear_a8": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
     " Tensor? low_rank, Tensor? bias, int[] table, ScalarType out_dtype, bool gelu=False) -> Tensor",
+    "linear_a8_add": "(Tensor codes, Tensor scale, Tensor? z, Tensor weight, Tensor weight_scale,"
+    " Tensor? low_rank, Tensor? bias, int[] table, Tensor[] residual, Tensor? gate) -> Tensor",
     "linear_a8_siblings": "(Tensor codes, Tensor scale, Tensor? z, Tensor[] weights, Tensor[] weight_scales,"
     " Tensor[] low_ranks, Tensor[] biases, int[] table, ScalarType out_dtype, bool[] gelu=[]) -> Tensor",
     "linear_a16": "(Tensor x, Tensor? z, Tensor weight, Tensor weight_scale,"
@@ -112,6 +114,29 @@ def linear_a8(
     """
     return torch.ops.dirotq.linear_a8.default(
         codes, scale, z, weight, weight_scale, low_rank, bias, list(table), out_dtype, gelu
+    )
+
+
+def linear_a8_add(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    residual: Sequence[Tensor],
+    gate: Tensor | None,
+) -> Tensor:
+    """residual + gate · y [M, N] for the y of `linear_a8` in the residual's dtype; in fp32, then rounded to it.
+
+    residual: parts [B, S_i, N], side by side along S, M = B ΣS_i; parts of one tensor that lie there side by side, as
+    what this op returns is split into, are not moved. gate [B, N] of that dtype, or None for 1. Not differentiable.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.linear_a8_add.default(
+        codes, scale, z, weight, weight_scale, low_rank, bias, list(table), list(residual), gate
     )
 
 
@@ -231,6 +256,11 @@ def _linear_a8(*args):
     return implementation("linear_a8", args[0].device)(*args)
 
 
+def _linear_a8_add(*args):
+    checks.linear_a8_add(*args)
+    return implementation("linear_a8_add", args[0].device)(*args)
+
+
 def _linear_a8_siblings(*args):
     checks.linear_a8_siblings(*args)
     return implementation("linear_a8_siblings", args[0].device)(*args)
@@ -298,6 +328,12 @@ def _fake_rotate(x, basis, signs, block):
 def _fake_linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype, gelu=False):
     checks.linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype, gelu)
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_a8_add(*args):
+    checks.linear_a8_add(*args)
+    codes, weight, residual = args[0], args[3], args[8]
+    return residual[0].new_empty((codes.shape[0], weight.shape[0]))
 
 
 def _fake_linear_a8_siblings(codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype, gelu=()):
@@ -400,6 +436,7 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "rotate_quantize_parts": (_rotate_quantize_parts, _fake_rotate_quantize_parts, None),
     "rotate": (_rotate, _fake_rotate, (_setup_rotate, _backward_rotate)),
     "linear_a8": (_linear_a8, _fake_linear_a8, None),
+    "linear_a8_add": (_linear_a8_add, _fake_linear_a8_add, None),
     "linear_a8_siblings": (_linear_a8_siblings, _fake_linear_a8_siblings, None),
     "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
     "linear_nvfp4": (_linear_nvfp4, _fake_linear_nvfp4, None),

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .addend import added, addend
 from .fp4 import dequantize_nvfp4
 from .hadamard import block_hadamard
 from .lattice import CODEBOOK_RMS, GROUP, MAGNITUDE_STEPS, MAGNITUDES, MIDPOINTS, decode
@@ -129,6 +130,23 @@ def linear_a8(
     y *= weight_scale
     y = _finish(y, z, low_rank, bias)
     return (torch.nn.functional.gelu(y, approximate="tanh") if gelu else y).to(out_dtype)
+
+
+def linear_a8_add(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    residual: Sequence[Tensor],
+    gate: Tensor | None,
+) -> Tensor:
+    """residual + gate · y, y that of `linear_a8` in the residual's dtype."""
+    y = linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, residual[0].dtype)
+    return added(y, addend(residual, gate))
 
 
 def linear_a8_siblings(

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_add
+from .addend import addend
 from .hopper_costs import FEWEST_TOKENS
 from .launch import cdiv, is_hopper, launch, on_device_of
 from .triton_common import decode, gelu, low_rank_tile, narrow, table_words, tile_of
@@ -119,6 +121,37 @@ def linear_a8_siblings(
             _multiply(codes, scale, z, weight, weight_scales[i], low_rank, bias, table, gelu[i], out[:, start:end])
             start = end
     return out
+
+
+def linear_a8_add(
+    codes: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    low_rank: Tensor | None,
+    bias: Tensor | None,
+    table: Sequence[int],
+    residual: Sequence[Tensor],
+    gate: Tensor | None,
+) -> Tensor:
+    m, n = codes.shape[0], weight.shape[0]
+    add, dtype = addend(residual, gate), residual[0].dtype
+    with on_device_of(codes):
+        if m * n and dtype != torch.float32 and on_hopper(n, 0 if z is None else z.shape[1], codes.device):
+            from . import hopper, hopper_packed
+
+            out = torch.empty((m, n), dtype=dtype, device=codes.device)
+            low_ranks = [] if low_rank is None else [low_rank]
+            biases = [] if bias is None else [bias]
+            linear = codes, scale, z, [weight], [weight_scale], low_ranks, biases, table, [False]
+            tile = hopper_packed.choose(codes, [weight], table)
+            if tile is not None and add.fits(tile[0]):
+                return hopper_packed.linear_a8(*linear, tile, out, add)
+            if tile is None and m >= FEWEST_TOKENS and add.fits(hopper.HALF):
+                return hopper.linear_a8(*linear, out, add)
+        y = linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, dtype)
+        return triton_add.add(y, add)
 
 
 def _multiply(

@@ -11,13 +11,17 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from dirotq import kernels
 from dirotq.dirotq_core import flux_attention
 from dirotq.dirotq_core.flux_attention import DiRotQFluxAttnProcessor, use_plain_attention
+from dirotq.dirotq_core.fused_layers import use_plain_layers
 
 from .versions import groups_on_cpu
 
 
 @pytest.fixture
 def model(flux_case):
-    return flux_case.load()
+    """With diffusers' own blocks: ours end an attention's products otherwise."""
+    loaded = flux_case.load()
+    use_plain_layers(loaded)
+    return loaded
 
 
 @pytest.fixture

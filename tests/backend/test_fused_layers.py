@@ -10,15 +10,15 @@ import torch._dynamo.testing
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.activations import GELU
 from diffusers.models.normalization import AdaLayerNormZero
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
 import dirotq
 from dirotq.dirotq_core import fused_layers
 from dirotq.dirotq_core.fused_layers import use_fused_layers, use_plain_layers
 from dirotq.kernels import ops
 
-PLAIN = {GELU, AdaLayerNormZero, FluxSingleTransformerBlock}
-FUSED = {fused_layers.GELU, fused_layers.AdaLayerNormZero, fused_layers.FluxSingleTransformerBlock}
+PLAIN = {GELU, AdaLayerNormZero, FluxTransformerBlock, FluxSingleTransformerBlock}
+FUSED = {getattr(fused_layers, cls.__name__) for cls in PLAIN}
 
 
 def classes(model):
@@ -34,13 +34,14 @@ def calls(monkeypatch):
         run = getattr(ops, name)
 
         def call(*args):
-            curved = name.startswith("linear_a8") and len(args) > 9 and bool(args[9])
+            curved = name in ("linear_a8", "linear_a8_siblings") and len(args) > 9 and bool(args[9])
             made.append(name + (" gelu" if curved else ""))
             return run(*args)
 
         return call
 
-    for name in ("rotate_quantize", "rotate_quantize_parts", "linear_a8", "linear_a8_siblings"):
+    names = ("rotate_quantize", "rotate_quantize_parts", "linear_a8", "linear_a8_add", "linear_a8_siblings")
+    for name in names:
         monkeypatch.setattr(ops, name, record(name))
     modulate = fused_layers.norm_modulate
     monkeypatch.setattr(fused_layers, "norm_modulate", lambda *a: made.append("norm_modulate") or modulate(*a))
@@ -74,8 +75,10 @@ def test_what_runs_in_one_kernel(flux_case, helpers, calls):
     model = flux_case.load()
     helpers.run(model)
     blocks, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    assert calls.count("norm_modulate") == 2 * blocks + singles
-    assert calls.count("linear_a8 gelu") == 2 * blocks  # two MLPs, of image and text
+    assert calls.count("norm_modulate") == 4 * blocks + singles  # two, of image and text
+    assert calls.count("linear_a8 gelu") == 2 * blocks
+    assert calls.count("linear_a8_add") == 4 * blocks + singles  # what leaves an attention, an MLP, or both
+    assert "linear_a8" not in calls
     assert calls.count("linear_a8_siblings gelu") == calls.count("rotate_quantize_parts") == singles
     assert calls.count("linear_a8_siblings") == 2 * blocks  # queries, keys and values of the double blocks
 
@@ -98,7 +101,8 @@ def test_loras_see_what_they_see_in_a_dense_model(flux_case, helpers, calls):
         calls.clear()
         helpers.run(model)
         dirotq.set_activation_bits(model, 16)
-        assert calls.count("norm_modulate") == 2 * blocks + singles
+        assert calls.count("norm_modulate") == 4 * blocks + singles
+        assert calls.count("linear_a8_add") == 4 * blocks + singles * (target != "proj_out")
         assert calls.count("linear_a8_siblings gelu") == singles * (target != "proj_mlp")
         assert calls.count("rotate_quantize_parts") == singles * (target != "proj_out")
         assert calls.count("linear_a8 gelu") == 2 * blocks * (target != "net.0.proj")
@@ -131,11 +135,67 @@ def test_hooks_see_the_step_they_are_on(flux_case, helpers, name):
 
 class Counting(ModelHook):
     def __init__(self):
-        self.calls = 0
+        self.calls, self.seen = 0, None
 
     def pre_forward(self, module, *args, **kwargs):
         self.calls += 1
         return args, kwargs
+
+    def post_forward(self, module, output):
+        self.seen = output
+        return output
+
+
+DOUBLE = [
+    "attn",
+    "attn.to_out.0",
+    "attn.to_out.1",
+    "attn.to_add_out",
+    "norm2",
+    "norm2_context",
+    "ff",
+    "ff.net.2",
+    "ff_context.net.1",
+]
+
+
+@pytest.mark.parametrize("of_torch", [True, False])
+@pytest.mark.parametrize("name", DOUBLE)
+def test_hooks_in_a_double_block_see_diffusers_steps(flux_case, helpers, name, of_torch):
+    model = flux_case.load()
+    dirotq.set_activation_bits(model, 16)
+    twin = copy.deepcopy(model)
+    use_plain_layers(twin)
+    outputs, seen = [], []
+    for one in (model, twin):
+        hook, found = Counting(), []
+        module = one.transformer_blocks[0].get_submodule(name)
+        if of_torch:
+            module.register_forward_hook(lambda module, args, out, found=found: found.append(out))
+        else:
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "counting")
+        outputs.append(helpers.run(one))
+        seen.append(found[0] if of_torch else hook.seen)
+        assert len(found) + hook.calls == 1
+    assert helpers.sqnr(*outputs) > 45
+    ours, plain = (torch.cat([t.flatten() for t in out]) if isinstance(out, tuple) else out for out in seen)
+    assert helpers.sqnr(ours, plain) > 40
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_gates_of_a_batch(flux_case, helpers, batch):
+    """Each image has its own, in products of all images."""
+    model = flux_case.load()
+    dirotq.set_activation_bits(model, 16)
+    arguments = helpers.inputs(model)
+    g = torch.Generator().manual_seed(0)
+    many = {n: v.repeat(batch, *[1] * (v.ndim - 1)) for n, v in arguments.items() if not n.endswith("ids")}
+    many["pooled_projections"] = torch.randn(batch, 64, generator=g).bfloat16()
+    with torch.no_grad():
+        together = model(**arguments | many)[0]
+        for i in range(batch):
+            alone = model(**arguments | {n: v[i : i + 1] for n, v in many.items()})[0]
+            assert helpers.sqnr(together[i : i + 1], alone) > 45
 
 
 @pytest.mark.parametrize("name", ["norm", "norm.norm", "act_mlp", "proj_mlp", "proj_out"])

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dirotq.kernels import (  # noqa: E402
+    triton_add,
     triton_attention,
     triton_fp4,
     triton_gptq,
@@ -163,9 +164,9 @@ def spilled(compiled, target, folder):
     return int(stack)
 
 
-def check(compiled, target, shared_memory, folder):
+def check(compiled, target, shared_memory, folder, most_spilled=0):
     assert compiled.metadata.shared <= shared_memory
-    assert spilled(compiled, target, folder) == 0 or not NEW
+    assert spilled(compiled, target, folder) <= most_spilled or not NEW
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -255,6 +256,15 @@ def test_unpack_compiles(chip, tmp_path):
 
 
 @pytest.mark.parametrize("chip", TARGETS)
+def test_add_compiles(chip, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    pointers = dict.fromkeys(triton_add.add_kernel.arg_names, "bf16")
+    values = {"GATED": True, "BLOCK": triton_add.BLOCK, "num_warps": 4, "num_stages": 1}
+    compiled = compile_for(target, triton_add.add_kernel, pointers, values)
+    check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize("chip", TARGETS)
 def test_round_columns_compiles(chip, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
     names = ("work", "factor", "scale", "midpoints", "values", "errors")
@@ -287,7 +297,7 @@ def test_norm_modulate_compiles(chip, d, dtype, tmp_path):
         assert accesses and all(".v4.b32" in access for access in accesses)
 
 
-def compile_gluon(kernel, types, values, folder):
+def compile_gluon(kernel, types, values, folder, most_spilled=0):
     """Compiled for Hopper; `types` of arguments that are no 32-bit integers, `values` of the constants."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -298,7 +308,7 @@ def compile_gluon(kernel, types, values, folder):
     target, shared_memory, _ = TARGETS["sm_90"]
     compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
-    check(compiled, target, shared_memory, folder)
+    check(compiled, target, shared_memory, folder, most_spilled)
     return compiled
 
 
@@ -309,10 +319,13 @@ def descriptor(kind, *shape):
     return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
 
 
+ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD": True, "GATED": True}}
+
+
 @needs_gluon
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("columns", [128, 256])
-def test_hopper_product_compiles(columns, gelu, tmp_path):
+def test_hopper_product_compiles(columns, end, tmp_path):
     from triton.experimental.gluon import language as gl
 
     from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
@@ -326,19 +339,26 @@ def test_hopper_product_compiles(columns, gelu, tmp_path):
         "out_desc": descriptor("bf16", 64, 128),
         "scale_ptr": "*fp32",
         "weight_scale_ptr": "*fp32",
-        "bias_ptr": "*bf16",
+        "residual_desc": descriptor("bf16", 64, 128),
+        **dict.fromkeys(("bias_ptr", "gate_ptr"), "*bf16"),
     }
-    values = {"TOTAL": gl.int32, "HAS_BIAS": True, "GELU": gelu, **tile}
-    ptx = compile_gluon(kernel, types, values, tmp_path).asm["ptx"]
-    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx and ("ex2.approx" in ptx) == gelu
+    values = {"TOTAL": gl.int32, "HAS_BIAS": True, "GELU": 0, "ADD": False, "GATED": False, **ENDS[end], **tile}
+    most_spilled = 8 if columns == 256 and end == "gated" else 0  # once a tile
+    ptx = compile_gluon(kernel, types, values, tmp_path, most_spilled).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx and ("ex2.approx" in ptx) == (end == "gelu")
 
 
 @needs_gluon
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rows", [64, 128, 256])
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("name", ["linear_a8_packed_kernel", "siblings_packed_kernel"])
-def test_hopper_packed_product_compiles(name, gelu, rows, shared, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *(("linear_a8_packed_kernel", end) for end in ENDS),
+        *(("siblings_packed_kernel", end) for end in ("plain", "gelu")),
+    ],
+)
+def test_hopper_packed_product_compiles(name, end, rows, shared, tmp_path):
     from dirotq.kernels import gluon_packed, hopper_packed
 
     tile = hopper_packed.block(rows, shared, torch.bfloat16)
@@ -356,12 +376,17 @@ def test_hopper_packed_product_compiles(name, gelu, rows, shared, tmp_path):
             types[argument] = descriptor("bf16", 128, 32)
         elif "scale" in argument:
             types[argument] = "*fp32"
-        elif argument.startswith("bias"):
+        elif argument.startswith(("bias", "gate")):
             types[argument] = "*bf16"
-    curved = gelu and (8 if name.startswith("siblings") else 1)
-    ptx = compile_gluon(kernel, types, {"HAS_BIAS": True, "GELU": int(curved), **tile}, tmp_path).asm["ptx"]
+    values = {"HAS_BIAS": True, "GELU": 0, **ENDS[end], **tile}
+    if name.startswith("siblings"):
+        values["GELU"] *= 8
+    else:
+        values = {"ADD": False, "GATED": False, **values}
+        types["residual_desc"] = descriptor("bf16", rows, 64)
+    ptx = compile_gluon(kernel, types, values, tmp_path).asm["ptx"]
     assert re.search(TARGETS["sm_90"][2], ptx) and "prmt.b32" in ptx and "setmaxnreg" in ptx
-    assert ("ex2.approx" in ptx) == gelu
+    assert ("ex2.approx" in ptx) == (end == "gelu")
     assert ("ld.acquire.gpu" in ptx) == shared
 
 

@@ -1,0 +1,50 @@
+"""What a product is added to: a residual, with a gate for each image of a batch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Addend(NamedTuple):
+    """residual [M, N], gate [M / image, N] or None, and the rows of an image."""
+
+    residual: Tensor
+    gate: Tensor | None
+    image: int
+
+    def fits(self, rows: int) -> bool:
+        """Whether tiles of `rows` rows hold rows of one image each."""
+        return len(self.residual) == self.image or self.image % rows == 0
+
+
+def addend(parts: Sequence[Tensor], gate: Tensor | None) -> Addend:
+    """Of parts [B, S_i, N] of a residual and a gate [B, N]."""
+    image = sum(part.shape[1] for part in parts)
+    whole = _whole(parts, image)
+    return Addend(whole.reshape(-1, whole.shape[-1]), None if gate is None else gate.contiguous(), image)
+
+
+def _whole(parts: Sequence[Tensor], image: int) -> Tensor:
+    """The parts side by side along S: as they lie, if one tensor was split into them."""
+    first = parts[0]
+    batch, _, n = first.shape
+    if len(parts) == 1:
+        return first.contiguous()
+    begin = first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        strides = (part.stride(0) == image * n or batch == 1, *part.stride()[1:])
+        if strides != (True, n, 1) or part.storage_offset() != begin or part.untyped_storage().data_ptr() != storage:
+            return torch.cat(list(parts), 1)
+        begin += part.shape[1] * n
+    return first.as_strided((batch, image, n), (image * n, n, 1))
+
+
+def added(y: Tensor, add: Addend) -> Tensor:
+    """residual + gate · y for y [M, N] of the residual's dtype, in fp32 and rounded once."""
+    product = y.float()
+    if add.gate is not None:
+        product = (product.reshape(len(add.gate), add.image, -1) * add.gate.float()[:, None]).reshape(y.shape)
+    return (add.residual.float() + product).to(y.dtype)
