@@ -10,18 +10,18 @@ of these classes when `use_plain_layers` has given diffusers' back.
 from __future__ import annotations
 
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import activations, normalization
-from diffusers.models.attention import FeedForward
 from diffusers.models.transformers import transformer_flux
 from torch import nn
 
 from ..kernels import norm_modulate
 from .flux_attention import DiRotQFluxAttnProcessor, applies
-from .linear import DiRotQLinear
+from .fusible import fits, fits_gelu, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
+from .pixart_layers import BasicTransformerBlock
 
 # Plain functions: the compiler knows no way through a method of diffusers' class, which it keeps in the graph whole.
 _PLAIN_GELU = activations.GELU.forward
@@ -29,67 +29,12 @@ _PLAIN_NORM = normalization.AdaLayerNormZero.forward
 _PLAIN_DOUBLE = transformer_flux.FluxTransformerBlock.forward
 _PLAIN_SINGLE = transformer_flux.FluxSingleTransformerBlock.forward
 
-#: diffusers' hooks that only move or cast a module's own weights.
-_MOVERS = {
-    "group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "layerwise_casting",
-    "peft_autocast_disable",
-}  # fmt: skip
-
-
-def _observed(module: nn.Module) -> bool:
-    """Whether hooks of torch wait for what goes in or comes out."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def _skippable(module: nn.Module) -> bool:
-    """Whether nobody misses a call of `module`: no hooks but those that bring weights in, and no other `forward`."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
-    if _observed(module) or (registry is not None and not _MOVERS.issuperset(registry.hooks)):
-        return False
-    return "forward" not in vars(module) or registry is not None or hasattr(module, "_hf_hook")
-
-
-def _fits(linear: nn.Module) -> bool:
-    """Whether `linear` can compute its neighbours' steps, too: it is ours, without a LoRA beside it."""
-    return type(linear) is DiRotQLinear and not _observed(linear)
-
-
-def _fits_gelu(act: nn.Module) -> bool:
-    return type(act) is nn.GELU and act.approximate == "tanh" and _skippable(act)
-
-
-def _fits_norm(norm: nn.Module, parts: list[torch.Tensor], emb: torch.Tensor) -> bool:
-    """Whether `norm_modulate` computes it. It has no gradient, and neither casts nor broadcasts."""
-    return (
-        type(norm) is nn.LayerNorm
-        and not norm.elementwise_affine
-        and _skippable(norm)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(emb.device.type)  # under which layer norms are float32
-        and all(part.dtype == emb.dtype and len(part) == len(emb) for part in parts)
-    )
-
-
-def _fits_sum(linear: nn.Module, parts: list[torch.Tensor], gate: torch.Tensor) -> bool:
-    """Whether `linear` can end with the gate and the residual: they have no gradient there, and one dtype."""
-    return (
-        _fits(linear)
-        and _skippable(linear)  # nobody looks at what it returns
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(gate.device.type)
-        and all(part.dtype == gate.dtype and len(part) == len(gate) for part in parts)
-    )
-
-
-def _no_dropout(module: nn.Module) -> bool:
-    return type(module) is nn.Dropout and _skippable(module) and (module.p == 0 or not module.training)
-
 
 class GELU(activations.GELU):
     """diffusers' linear with GELU behind it."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.approximate == "tanh" and _fits(self.proj):
+        if self.approximate == "tanh" and fits(self.proj):
             return self.proj(hidden_states, gelu=True)
         return _PLAIN_GELU(self, hidden_states)
 
@@ -105,7 +50,7 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
         hidden_dtype: torch.dtype | None = None,
         emb: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        if emb is None or self.emb is not None or not _fits_norm(self.norm, [x], emb):
+        if emb is None or self.emb is not None or not fits_norm(self.norm, [x], emb):
             return _PLAIN_NORM(self, x, timestep, class_labels, hidden_dtype, emb)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
         return norm_modulate([x], scale, shift, self.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
@@ -131,35 +76,24 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
             hidden_states=own, encoder_hidden_states=own_text, image_rotary_emb=image_rotary_emb,
             add=(([image], gate), ([text], gate_text)), **(joint_attention_kwargs or {}),
         )  # fmt: skip
-        image = _mlp(self.ff, norm_modulate([image], scale, shift, self.norm2.eps), image, gate_mlp)
+        image = mlp(self.ff, norm_modulate([image], scale, shift, self.norm2.eps), image, gate_mlp)
         own_text = norm_modulate([text], scale_text, shift_text, self.norm2_context.eps)
-        text = _mlp(self.ff_context, own_text, text, gate_mlp_text)
+        text = mlp(self.ff_context, own_text, text, gate_mlp_text)
         return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, image
 
     def _fits(self, image: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rotary: Any) -> bool:
         attn = self.attn
-        if type(attn.processor) is not DiRotQFluxAttnProcessor or not _skippable(attn) or not applies(attn, rotary):
+        if type(attn.processor) is not DiRotQFluxAttnProcessor or not skippable(attn) or not applies(attn, rotary):
             return False
         return (
-            _no_dropout(attn.to_out[1])
-            and _fits_sum(attn.to_out[0], [image], temb)
-            and _fits_sum(attn.to_add_out, [text], temb)
-            and _fits_norm(self.norm2, [image], temb)
-            and _fits_norm(self.norm2_context, [text], temb)
-            and _fits_mlp(self.ff, image, temb)
-            and _fits_mlp(self.ff_context, text, temb)
+            no_dropout(attn.to_out[1])
+            and fits_sum(attn.to_out[0], [image], temb)
+            and fits_sum(attn.to_add_out, [text], temb)
+            and fits_norm(self.norm2, [image], temb)
+            and fits_norm(self.norm2_context, [text], temb)
+            and fits_mlp(self.ff, image, temb)
+            and fits_mlp(self.ff_context, text, temb)
         )
-
-
-def _fits_mlp(ff: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> bool:
-    if type(ff) is not FeedForward or not _skippable(ff):
-        return False
-    net = list(cast(nn.ModuleList, ff.net))
-    return len(net) == 3 and _no_dropout(net[1]) and _fits_sum(net[2], [x], emb)
-
-
-def _mlp(ff: FeedForward, x: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return ff.net[2](ff.net[0](x), add=([residual], gate))
 
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
@@ -174,38 +108,37 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         norm, parts = self.norm, [encoder_hidden_states, hidden_states]
-        known = type(norm) is normalization.AdaLayerNormZeroSingle and _skippable(norm)
-        if not known or not _fits_norm(norm.norm, parts, temb):
+        known = type(norm) is normalization.AdaLayerNormZeroSingle and skippable(norm)
+        if not known or not fits_norm(norm.norm, parts, temb):
             return _PLAIN_SINGLE(
                 self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
         shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
         normed = norm_modulate(parts, scale, shift, norm.norm.eps)
         # The MLP first: its GELU ends the product that queries, keys and values are columns of, too.
-        if _fits(self.proj_mlp) and _fits_gelu(self.act_mlp):
-            mlp = self.proj_mlp(normed, gelu=True)
+        if fits(self.proj_mlp) and fits_gelu(self.act_mlp):
+            inner = self.proj_mlp(normed, gelu=True)
         else:
-            mlp = self.act_mlp(self.proj_mlp(normed))
+            inner = self.act_mlp(self.proj_mlp(normed))
         attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        both = attention, mlp
+        both = attention, inner
         sizes = [part.shape[1] for part in parts]
-        if _fits_sum(self.proj_out, parts, gate):
+        if fits_sum(self.proj_out, parts, gate):
             text, image = self.proj_out(both, add=(parts, gate)).split(sizes, 1)
             if text.dtype == torch.float16:
                 return text.clip(-65504, 65504), image.clip(-65504, 65504)
             return text, image
-        out = gate.unsqueeze(1) * self.proj_out(both if _fits(self.proj_out) else torch.cat(both, 2))
+        out = gate.unsqueeze(1) * self.proj_out(both if fits(self.proj_out) else torch.cat(both, 2))
         text, image = (part + own for part, own in zip(parts, out.split(sizes, 1), strict=True))
         if text.dtype == torch.float16:
             return text.clip(-65504, 65504), image.clip(-65504, 65504)
         return text, image
 
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    cls.__bases__[0]: cls for cls in (GELU, AdaLayerNormZero, FluxTransformerBlock, FluxSingleTransformerBlock)
-}
+_BLOCKS = (FluxTransformerBlock, FluxSingleTransformerBlock, BasicTransformerBlock)
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {cls.__bases__[0]: cls for cls in (GELU, AdaLayerNormZero, *_BLOCKS)}
 # diffusers' caches look blocks up by their class.
-for _block in (FluxTransformerBlock, FluxSingleTransformerBlock):
+for _block in _BLOCKS:
     TransformerBlockRegistry.register(_block, copy(TransformerBlockRegistry.get(_block.__bases__[0])))
 
 

@@ -14,8 +14,8 @@ from .input_site import InputSite, PinnedDtypes, SiteOutput, as_dtype, empty_par
 from .layout import SitePlan
 from .offloading import group_hook
 
-#: Parts of a residual, and a gate.
-Added = tuple[list[torch.Tensor], torch.Tensor]
+#: Parts of a residual, and a gate or None.
+Added = tuple[list[torch.Tensor], torch.Tensor | None]
 
 
 class DiRotQLinear(PinnedDtypes, nn.Linear):
@@ -133,8 +133,8 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
         x may lie in several tensors [..., K_i], which need not be put together then. site_only: what `_input` wants, of
         x in one piece.
         gelu: GELU in its tanh form of the result, rounded with it once where one kernel computes both.
-        add: parts [B, S_i, N] of a residual, side by side along S, and a gate [B, N], of x's dtype → residual + gate ·
-        result. Without gradients.
+        add: parts [B, S_i, N] of a residual, side by side along S, and a gate [B, N] or None, of x's dtype → residual +
+        gate · result. Without gradients.
         """
         site = self.site
         if isinstance(x, tuple):
@@ -172,7 +172,7 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
         if gelu:
             y = nn.functional.gelu(y, approximate="tanh")
         y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if add is None else torch.cat(add[0], 1) + add[1].unsqueeze(1) * y
+        return y if add is None else _added(y, *add)
 
     def _of_parts(self, x: tuple[torch.Tensor, ...], gelu: bool, add: Added | None) -> torch.Tensor:
         y = self._lattice_product(self.site(x), x[0].dtype, gelu, add)
@@ -200,6 +200,10 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
         if self.site.absorbed is not None and self.low_rank is not None:
             dense.addmm_(self.low_rank[:, self.site.rank :].float(), self.site.absorbed.float())
         return dense
+
+
+def _added(y: torch.Tensor, residual: list[torch.Tensor], gate: torch.Tensor | None) -> torch.Tensor:
+    return torch.cat(residual, 1) + (y if gate is None else gate.unsqueeze(1) * y)
 
 
 def dense_product(

@@ -8,11 +8,15 @@ from torch import Tensor
 
 
 class Addend(NamedTuple):
-    """residual [M, N], gate [M / image, N] or None, and the rows of an image."""
+    """residual [M, N]; gate [M / image, N], its rows at any distance, or None; and the rows of an image."""
 
     residual: Tensor
     gate: Tensor | None
     image: int
+
+    @property
+    def gate_step(self) -> int:
+        return 0 if self.gate is None else self.gate.stride(0)
 
     def fits(self, rows: int) -> bool:
         """Whether tiles of `rows` rows hold rows of one image each."""
@@ -23,7 +27,9 @@ def addend(parts: Sequence[Tensor], gate: Tensor | None) -> Addend:
     """Of parts [B, S_i, N] of a residual and a gate [B, N]."""
     image = sum(part.shape[1] for part in parts)
     whole = _whole(parts, image)
-    return Addend(whole.reshape(-1, whole.shape[-1]), None if gate is None else gate.contiguous(), image)
+    if gate is not None and gate.stride(1) != 1:
+        gate = gate.contiguous()
+    return Addend(whole.reshape(-1, whole.shape[-1]), gate, image)
 
 
 def _whole(parts: Sequence[Tensor], image: int) -> Tensor:

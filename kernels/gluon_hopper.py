@@ -179,7 +179,7 @@ def _split(x, PARTS: gl.constexpr):
 @gluon.jit
 def _multiply(
     out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs, out_buf,
-    full, empty, M, N, K, rank, image, tiles,
+    full, empty, M, N, K, rank, image, gate_step, tiles,
     TOTAL: gl.constexpr, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
@@ -235,7 +235,7 @@ def _multiply(
                 mbarrier.wait(full.index(slot), phase)
                 if GATED:
                     cols = col + i * width + gl.arange(0, width, gl.SliceLayout(0, part.type.layout))
-                    gate_at = gate_ptr + gl.minimum(row, M - 1) // image * N
+                    gate_at = gate_ptr + gl.minimum(row, M - 1) // image * gate_step
                     gate = gl.load(gate_at + cols, mask=cols < N, other=0.0)
                     part = part.to(gl.float32) * gl.expand_dims(gate.to(gl.float32), 0)
                 residual = _residual_buf(a_bufs, w_bufs, slot, residual_desc, BN, STAGES, HALF)
@@ -253,14 +253,15 @@ def _multiply(
 @gluon.jit
 def linear_a8_hopper_kernel(
     a_desc, w_desc, z_desc, l_desc, out_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr,
-    M, N, K, rank, image,
+    M, N, K, rank, image, gate_step,
     TOTAL: gl.constexpr, HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = ((Σ_k a w) · s) · t + z Lᵀ + b, or GELU of it, for unpacked weights w [N, K].
 
-    ADD: residual [M, N] + that rounded, GATED: times gate [M / image, N], a row for each `image` rows; the rows of a
-    warpgroup are of one image, and the output is 16-bit. One program per multiprocessor.
+    ADD: residual [M, N] + that rounded, GATED: times gate [M / image, N], a row for each `image`
+    rows, `gate_step` apart; the rows of a warpgroup are of one image, and the output is 16-bit. One program per
+    multiprocessor.
     """
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, BM // 2, BK], a_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK], w_desc.layout)
@@ -275,12 +276,12 @@ def linear_a8_hopper_kernel(
         [
             (_multiply, (
                 out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs,
-                out_bufs.index(0), full, empty, M, N, K, rank, image, tiles,
+                out_bufs.index(0), full, empty, M, N, K, rank, image, gate_step, tiles,
                 TOTAL, HAS_BIAS, GELU, ADD, GATED, BN, STAGES, PARTS, 0,
             )),
             (_multiply, (
                 out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs,
-                out_bufs.index(1), full, empty, M, N, K, rank, image, tiles,
+                out_bufs.index(1), full, empty, M, N, K, rank, image, gate_step, tiles,
                 TOTAL, HAS_BIAS, GELU, ADD, GATED, BN, STAGES, PARTS, 1,
             )),
             (_load, (

@@ -214,7 +214,7 @@ def _steps(
 def _multiply(
     out_desc, z_desc, l_descs, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
     a_bufs, w_bufs, out_buf, scale_buf, residual_ready, full, empty,
-    M, Ns, K, rank, image, col_tiles, tiles, shared, t0, t1, t2, t3,
+    M, Ns, K, rank, image, gate_step, col_tiles, tiles, shared, t0, t1, t2, t3,
     HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
@@ -254,7 +254,7 @@ def _multiply(
             bias = weight_scale
         gate = bias
         if GATED:
-            gate_at = gate_ptr + gl.minimum(row, M - 1) // image * N
+            gate_at = gate_ptr + gl.minimum(row, M - 1) // image * gate_step
             gate = gl.load(gate_at + outputs_16, mask=outputs_16 < N, other=0.0)
         total = gl.zeros([rows, BM], gl.int32, layout)
         steps = gl.minimum(2 * stop, (K + BK - 1) // BK) - 2 * start
@@ -330,7 +330,7 @@ def _finish(
 @gluon.jit
 def _product(
     a_desc, w_descs, z_desc, l_descs, out_desc, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
-    M, Ns, K, rank, image, shared, t0, t1, t2, t3,
+    M, Ns, K, rank, image, gate_step, shared, t0, t1, t2, t3,
     HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -358,13 +358,13 @@ def _product(
             (_multiply, (
                 out_desc, z_desc, l_descs, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
                 a_bufs, w_bufs, out_bufs.index(0), scale_0, residual_ready.index(0), full, empty,
-                M, Ns, K, rank, image, col_tiles, tiles, shared, t0, t1, t2, t3,
+                M, Ns, K, rank, image, gate_step, col_tiles, tiles, shared, t0, t1, t2, t3,
                 HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, SHARED, 0,
             )),
             (_multiply, (
                 out_desc, z_desc, l_descs, residual_desc, scale_ptr, weight_scales, biases, gate_ptr, space_ptr,
                 a_bufs, w_bufs, out_bufs.index(1), scale_1, residual_ready.index(1), full, empty,
-                M, Ns, K, rank, image, col_tiles, tiles, shared, t0, t1, t2, t3,
+                M, Ns, K, rank, image, gate_step, col_tiles, tiles, shared, t0, t1, t2, t3,
                 HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, SHARED, 1,
             )),
             (_load, (
@@ -377,10 +377,10 @@ def _product(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "rank", "image", "shared", "t0", "t1", "t2", "t3"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "rank", "image", "gate_step", "shared", "t0", "t1", "t2", "t3"])
 def linear_a8_packed_kernel(
     a_desc, z_desc, out_desc, scale_ptr, space_ptr, w_desc, l_desc, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr,
-    M, N, K, rank, image, shared, t0, t1, t2, t3,
+    M, N, K, rank, image, gate_step, shared, t0, t1, t2, t3,
     HAS_BIAS: gl.constexpr, GELU: gl.constexpr, ADD: gl.constexpr, GATED: gl.constexpr, BM: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -393,7 +393,7 @@ def linear_a8_packed_kernel(
     """
     _product(
         a_desc, (w_desc,), z_desc, (l_desc,), out_desc, residual_desc, scale_ptr, (weight_scale_ptr,), (bias_ptr,),
-        gate_ptr, space_ptr, M, (N,), K, rank, image, shared, t0, t1, t2, t3,
+        gate_ptr, space_ptr, M, (N,), K, rank, image, gate_step, shared, t0, t1, t2, t3,
         HAS_BIAS, GELU, ADD, GATED, BM, STAGES, PARTS, SHARED,
     )  # fmt: skip
 
@@ -411,6 +411,6 @@ def siblings_packed_kernel(
     _product(
         a_desc, (w0_desc, w1_desc, w2_desc, w3_desc), z_desc, (l0_desc, l1_desc, l2_desc, l3_desc), out_desc, out_desc,
         scale_ptr, (weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, weight_scale3_ptr),
-        (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr), scale_ptr, space_ptr, M, (N0, N1, N2, N3), K, rank, M, shared,
+        (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr), scale_ptr, space_ptr, M, (N0, N1, N2, N3), K, rank, M, 0, shared,
         t0, t1, t2, t3, HAS_BIAS, GELU, False, False, BM, STAGES, PARTS, SHARED,
     )  # fmt: skip

@@ -83,12 +83,13 @@ def multiply(
     out_desc = descriptor(out, HALF, tile["BN"] // tile["PARTS"])
     tiles = cdiv(m, 2 * HALF) * cdiv(n, tile["BN"])
     residual, gate, image = (None, None, 1) if add is None else add
+    gate_step = 0 if add is None else add.gate_step
     residual_desc = out_desc if residual is None else descriptor(aligned(residual), HALF, tile["BN"] // tile["PARTS"])
     total: Any = gl.int32 if codes.dtype == torch.int8 else gl.float32
     launch(
         linear_a8_hopper_kernel, (min(tiles, multiprocessors(codes.device)),),
         a_desc, w_desc, z_desc, l_desc, out_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        residual_desc, scale if gate is None else gate, m, n, k, rank, image,
+        residual_desc, scale if gate is None else gate, m, n, k, rank, image, gate_step,
         TOTAL=total, HAS_BIAS=bias is not None, GELU=gelu, ADD=add is not None, GATED=gate is not None, **tile,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -125,9 +125,10 @@ def multiply(
         )  # fmt: skip
         return
     residual, gate, image = (None, None, m) if add is None else add
+    gate_step = 0 if add is None else add.gate_step
     residual_desc = out_desc if residual is None else descriptor(aligned(residual), rows, COLUMNS // 2)
     launch(
         linear_a8_packed_kernel, (programs,), *before, *(column[0] for column in columns),
-        residual_desc, scale if gate is None else gate, m, *ns, k, rank, image, shared, *words,
+        residual_desc, scale if gate is None else gate, m, *ns, k, rank, image, gate_step, shared, *words,
         **constants, ADD=add is not None, GATED=gate is not None, num_warps=4, launch_pdl=True,
     )  # fmt: skip

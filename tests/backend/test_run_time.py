@@ -136,7 +136,7 @@ def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, t
     # diffusers names no repeated blocks in PixArt's class; a quantized model does, and leaves the class alone.
     graphs, output = block_graphs(model, helpers.inputs(model))
     assert torch.equal(output, expected)
-    products = ("dirotq.linear_a8.default", "dirotq.linear_a8_siblings.default")
+    products = tuple(f"dirotq.linear_a8{how}.default" for how in ("", "_add", "_siblings"))
     sites = ("dirotq.rotate_quantize.default", "dirotq.rotate_quantize_parts.default")
     counts = {tuple(sum(g.get(name, 0) for name in names) for names in (sites, products)) for g in graphs}
     assert counts == {*sites_and_products, (0, 0)}

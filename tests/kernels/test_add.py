@@ -30,7 +30,7 @@ def case(batch, sizes, k, n, rank, dtype=torch.bfloat16, device="cpu", gated=Tru
     generator = torch.Generator().manual_seed(4)
     z = torch.randn(m, rank, generator=generator).bfloat16().to(device) if rank else None
     parts = [torch.randn(batch, s, n, generator=generator).to(device, dtype) for s in sizes]
-    gate = torch.randn(batch, n, generator=generator).to(device, dtype) if gated else None
+    gate = torch.randn(batch, 3 * n, generator=generator).to(device, dtype)[:, n : 2 * n] if gated else None
     return (codes, scale, z, w.weight, w.row_scale / 100, w.low_rank, w.bias, TABLE), parts, gate
 
 

@@ -1,0 +1,80 @@
+"""Whether layers that follow one another can run in one of our kernels: nobody misses what lies between them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from .linear import DiRotQLinear
+
+#: diffusers' hooks that only move or cast a module's own weights.
+_MOVERS = {
+    "group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "layerwise_casting",
+    "peft_autocast_disable",
+}  # fmt: skip
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether hooks of torch wait for what goes in or comes out."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def skippable(module: nn.Module) -> bool:
+    """Whether nobody misses a call of `module`: no hooks but those that bring weights in, and no other `forward`."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    if observed(module) or (registry is not None and not _MOVERS.issuperset(registry.hooks)):
+        return False
+    if registry is not None or hasattr(module, "_hf_hook"):
+        return True
+    own = vars(module).get("forward")  # accelerate leaves the class's own behind when it takes its hooks off
+    return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
+def fits(linear: nn.Module) -> bool:
+    """Whether `linear` can compute its neighbours' steps, too: it is ours, without a LoRA beside it."""
+    return type(linear) is DiRotQLinear and not observed(linear)
+
+
+def fits_gelu(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == "tanh" and skippable(act)
+
+
+def fits_norm(norm: nn.Module, parts: list[torch.Tensor], emb: torch.Tensor) -> bool:
+    """Whether `norm_modulate` computes it. It has no gradient, and neither casts nor broadcasts."""
+    return (
+        type(norm) is nn.LayerNorm
+        and not norm.elementwise_affine
+        and skippable(norm)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(emb.device.type)  # under which layer norms are float32
+        and all(part.dtype == emb.dtype and len(part) == len(emb) for part in parts)
+    )
+
+
+def fits_sum(linear: nn.Module, parts: list[torch.Tensor], gate: torch.Tensor) -> bool:
+    """Whether `linear` can end with the gate and the residual: they have no gradient there, and one dtype."""
+    return (
+        fits(linear)
+        and skippable(linear)  # nobody looks at what it returns
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(gate.device.type)
+        and all(part.dtype == gate.dtype and len(part) == len(gate) for part in parts)
+    )
+
+
+def no_dropout(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout and skippable(module) and (module.p == 0 or not module.training)
+
+
+def fits_mlp(ff: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> bool:
+    if type(ff) is not FeedForward or not skippable(ff):
+        return False
+    net = list(cast(nn.ModuleList, ff.net))
+    return len(net) == 3 and no_dropout(net[1]) and fits_sum(net[2], [x], emb)
+
+
+def mlp(ff: FeedForward, x: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return ff.net[2](ff.net[0](x), add=([residual], gate))
