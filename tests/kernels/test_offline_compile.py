@@ -376,7 +376,7 @@ def test_hopper_packed_product_compiles(name, end, rows, shared, tmp_path):
             types[argument] = descriptor("bf16", 128, 32)
         elif "scale" in argument:
             types[argument] = "*fp32"
-        elif argument.startswith(("bias", "gate")):
+        elif argument.startswith(("bias", "gate_ptr")):
             types[argument] = "*bf16"
     values = {"HAS_BIAS": True, "GELU": 0, **ENDS[end], **tile}
     if name.startswith("siblings"):
