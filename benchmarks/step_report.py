@@ -88,7 +88,7 @@ def plot_times(steps: list[dict[str, Any]], setting: dict[str, Any], file: Path)
         axis.invert_yaxis()
         axis.set(title=_title(step), xlabel="ms")
         axis.margins(x=0.15)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))  # below the title of all
     figure.savefig(file, dpi=120)
 
 
@@ -109,6 +109,6 @@ def plot_profile(steps: list[dict[str, Any]], setting: dict[str, Any], file: Pat
         axis.invert_yaxis()
         axis.set(title=_title(step), xlabel="ms of GPU kernels")
     labels = {name: bar for axis in axes for bar, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))  # below the title of all
     figure.legend(labels.values(), labels.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(labels))
     figure.savefig(file, dpi=120, bbox_inches="tight")

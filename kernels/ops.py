@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, checks, norm
+from . import attention, checks, gradients, norm
 from .backend import implementation
-from .hadamard import block_hadamard
 from .reference import dequantize as _dequantize_reference
 
 API_VERSION = 6
@@ -362,69 +361,6 @@ def _fake_dequantize(weight, weight_scale, table, dtype):
     return weight.new_empty((weight.shape[0], 2 * weight.shape[1]), dtype=dtype)
 
 
-# --- gradients -----------------------------------------------------------------------------------------
-
-
-def _rotate_backward(dv: Tensor | None, dz: Tensor | None, ctx: Any) -> Tensor | None:
-    """dx of (v, z): with dv' = dv H D, dx = dv' + (dz − dv' U) Uᵀ, in fp32."""
-    basis, signs = ctx.basis, ctx.signs
-    dx = None
-    if dv is not None:
-        dx = dv.float()
-        if signs is not None:
-            dx = block_hadamard(dx, ctx.block) * signs
-    if basis is None:
-        return dx
-    u = basis.float()
-    if dx is None:
-        return None if dz is None else dz.float() @ u.T
-    inside = dx @ u if dz is None else dx @ u - dz.float()
-    return dx - inside @ u.T
-
-
-def _as_used(tensor: Tensor | None) -> Tensor | None:
-    """`tensor` with the data of the forward pass: offloading takes a parameter's away when that has ended."""
-    return None if tensor is None else tensor.detach()
-
-
-def _setup_rotate(ctx, inputs, output):
-    x, basis, signs, block = inputs
-    ctx.basis, ctx.signs, ctx.block, ctx.dtype = _as_used(basis), _as_used(signs), block, x.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _backward_rotate(ctx, dv, dz):
-    dx = _rotate_backward(dv, dz, ctx)
-    return None if dx is None else dx.to(ctx.dtype), None, None, None
-
-
-def _setup_linear_a16(ctx, inputs, output):
-    _x, _z, weight, weight_scale, low_rank, _bias, ctx.table = inputs
-    ctx.weight, ctx.weight_scale, ctx.low_rank = _as_used(weight), _as_used(weight_scale), _as_used(low_rank)
-
-
-def _backward_linear_a16(ctx, dy):
-    dx = dz = None
-    if ctx.needs_input_grad[0]:
-        dx = dy @ dequantize(ctx.weight, ctx.weight_scale, ctx.table, dy.dtype)
-    if ctx.needs_input_grad[1] and ctx.low_rank is not None:
-        dz = (dy.float() @ ctx.low_rank.float()).bfloat16()
-    return dx, dz, None, None, None, None, None
-
-
-def _setup_linear(ctx, inputs, output):
-    x, basis, signs, ctx.block, _mode, weight, weight_scale, low_rank, _bias, ctx.table = inputs
-    ctx.basis, ctx.signs, ctx.dtype = _as_used(basis), _as_used(signs), x.dtype
-    ctx.weight, ctx.weight_scale, ctx.low_rank = _as_used(weight), _as_used(weight_scale), _as_used(low_rank)
-
-
-def _backward_linear(ctx, dy):
-    dv = dy @ dequantize(ctx.weight, ctx.weight_scale, ctx.table, dy.dtype)
-    dz = None if ctx.low_rank is None else dy.float() @ ctx.low_rank.float()
-    dx = _rotate_backward(dv, dz, ctx)
-    return None if dx is None else dx.to(ctx.dtype), *[None] * 9
-
-
 # --- registration --------------------------------------------------------------------------------------
 
 
@@ -434,13 +370,13 @@ _LIBRARY = "_library"
 _OPS: dict[str, tuple[Any, Any, Any]] = {
     "rotate_quantize": (_rotate_quantize, _fake_rotate_quantize, None),
     "rotate_quantize_parts": (_rotate_quantize_parts, _fake_rotate_quantize_parts, None),
-    "rotate": (_rotate, _fake_rotate, (_setup_rotate, _backward_rotate)),
+    "rotate": (_rotate, _fake_rotate, (gradients.setup_rotate, gradients.backward_rotate)),
     "linear_a8": (_linear_a8, _fake_linear_a8, None),
     "linear_a8_add": (_linear_a8_add, _fake_linear_a8_add, None),
     "linear_a8_siblings": (_linear_a8_siblings, _fake_linear_a8_siblings, None),
-    "linear_a16": (_linear_a16, _fake_linear_a16, (_setup_linear_a16, _backward_linear_a16)),
+    "linear_a16": (_linear_a16, _fake_linear_a16, (gradients.setup_linear_a16, gradients.backward_linear_a16)),
     "linear_nvfp4": (_linear_nvfp4, _fake_linear_nvfp4, None),
-    "linear": (_linear, _fake_linear, (_setup_linear, _backward_linear)),
+    "linear": (_linear, _fake_linear, (gradients.setup_linear, gradients.backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),
     "qk_norm_rope": (attention.run, attention.fake, None),
     "norm_modulate": (norm.run, norm.fake, None),

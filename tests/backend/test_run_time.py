@@ -192,6 +192,36 @@ def test_blocks_in_cuda_graphs(case, helpers):
     assert all(torch.equal(y, outputs[4 * (i // 4) + 3]) for i, y in enumerate(outputs))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("cls", [FluxTransformer2DModel, PixArtTransformer2DModel])
+def test_real_widths_and_thousands_of_tokens(cls, bits, helpers, tmp_path):
+    """The same finite output from run to run; with guidance, so that a product has 8192 rows and more."""
+    wide = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 2}
+    if cls is PixArtTransformer2DModel:
+        wide = {"num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "sample_size": 128}
+    torch.manual_seed(0)
+    shape = {**(FLUX if cls is FluxTransformer2DModel else PIXART), **wide}
+    if cls is FluxTransformer2DModel:
+        shape["axes_dims_rope"] = (16, 56, 56)
+    cls(**shape).to(torch.bfloat16).save_pretrained(tmp_path)
+    config = dirotq.DiRotQConfig(activation_bits=bits)
+    model = cls.from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.bfloat16).to("cuda")
+    arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in helpers.inputs(model).items()}
+    g = torch.Generator("cuda").manual_seed(0)
+    x = (2, 4096, 16) if cls is FluxTransformer2DModel else (2, 4, 128, 128)
+    arguments["hidden_states"] = torch.randn(x, device="cuda", generator=g).bfloat16()
+    for name in ("encoder_hidden_states", "pooled_projections", "timestep", "guidance"):
+        if name in arguments:
+            arguments[name] = torch.cat([arguments[name]] * 2)
+    if "img_ids" in arguments:
+        arguments["img_ids"] = torch.zeros(4096, 3, device="cuda")
+    with torch.no_grad():
+        outputs = [model(**arguments)[0] for _ in range(8)]
+    assert torch.isfinite(outputs[0]).all() and all(torch.equal(y, outputs[0]) for y in outputs)
+
+
 def test_gradients_reach_an_adapter(flux_case, helpers):
     model = flux_case.load()
     model.requires_grad_(False)

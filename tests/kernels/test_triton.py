@@ -34,6 +34,7 @@ def shapes():
 
 def sites():
     full = [(m, k) for k in (64, 192, 1152, 3072, 4608, 12288, 15360) for m in cases.TOKENS]
+    full += [(8192, 1152), (8192, 4608)]  # rows enough that none are divided into parts
     return on([(m, k) for m, k, _ in SMALL], full)
 
 
