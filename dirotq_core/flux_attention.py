@@ -34,6 +34,7 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         add: what the results are added to, image and text, where this class `applies` (`DiRotQLinear.forward`).
         """
         if not applies(attn, image_rotary_emb):
+            assert add is None, "what asks for the sum has looked"
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         assert image_rotary_emb is not None
         inputs: list[tuple[Any, ...]] = [(hidden_states, attn.to_q, attn.to_k, attn.to_v)]

@@ -124,11 +124,9 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         sizes = [part.shape[1] for part in parts]
         if fits_sum(self.proj_out, parts, gate):
             text, image = self.proj_out(both, add=(parts, gate)).split(sizes, 1)
-            if text.dtype == torch.float16:
-                return text.clip(-65504, 65504), image.clip(-65504, 65504)
-            return text, image
-        out = gate.unsqueeze(1) * self.proj_out(both if fits(self.proj_out) else torch.cat(both, 2))
-        text, image = (part + own for part, own in zip(parts, out.split(sizes, 1), strict=True))
+        else:
+            out = gate.unsqueeze(1) * self.proj_out(both if fits(self.proj_out) else torch.cat(both, 2))
+            text, image = (part + own for part, own in zip(parts, out.split(sizes, 1), strict=True))
         if text.dtype == torch.float16:
             return text.clip(-65504, 65504), image.clip(-65504, 65504)
         return text, image

@@ -46,11 +46,3 @@ def _whole(parts: Sequence[Tensor], image: int) -> Tensor:
             return torch.cat(list(parts), 1)
         begin += part.shape[1] * n
     return first.as_strided((batch, image, n), (image * n, n, 1))
-
-
-def added(y: Tensor, add: Addend) -> Tensor:
-    """residual + gate · y for y [M, N] of the residual's dtype, in fp32 and rounded once."""
-    product = y.float()
-    if add.gate is not None:
-        product = (product.reshape(len(add.gate), add.image, -1) * add.gate.float()[:, None]).reshape(y.shape)
-    return (add.residual.float() + product).to(y.dtype)

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .addend import added, addend
+from .addend import Addend, addend
 from .fp4 import dequantize_nvfp4
 from .hadamard import block_hadamard
 from .lattice import CODEBOOK_RMS, GROUP, MAGNITUDE_STEPS, MAGNITUDES, MIDPOINTS, decode
@@ -146,7 +146,15 @@ def linear_a8_add(
 ) -> Tensor:
     """residual + gate · y, y that of `linear_a8` in the residual's dtype."""
     y = linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, residual[0].dtype)
-    return added(y, addend(residual, gate))
+    return _added(y, addend(residual, gate))
+
+
+def _added(y: Tensor, add: Addend) -> Tensor:
+    """residual + gate · y for y [M, N] of the residual's dtype, in fp32 and rounded once."""
+    product = y.float()
+    if add.gate is not None:
+        product = (product.reshape(len(add.gate), add.image, -1) * add.gate.float()[:, None]).reshape(y.shape)
+    return (add.residual.float() + product).to(y.dtype)
 
 
 def linear_a8_siblings(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_add
-from .addend import addend
+from .addend import Addend, addend
 from .hopper_costs import FEWEST_TOKENS
 from .launch import cdiv, is_hopper, launch, on_device_of
 from .triton_common import decode, gelu, low_rank_tile, narrow, table_words, tile_of
@@ -104,16 +104,8 @@ def linear_a8_siblings(
     if not out.numel():
         return out
     with on_device_of(codes):
-        if on_hopper(n, 0 if z is None else z.shape[1], codes.device):
-            from . import hopper, hopper_packed
-
-            tile = hopper_packed.choose(codes, weights, table)
-            if tile is not None:
-                return hopper_packed.linear_a8(
-                    codes, scale, z, weights, weight_scales, low_ranks, biases, table, gelu, tile, out
-                )
-            if m >= FEWEST_TOKENS and hopper.takes(weights, gelu):
-                return hopper.linear_a8(codes, scale, z, weights, weight_scales, low_ranks, biases, table, gelu, out)
+        if _by_hopper(codes, scale, z, weights, weight_scales, low_ranks, biases, table, gelu, out):
+            return out
         start = 0
         for i, weight in enumerate(weights):
             end = start + weight.shape[0]
@@ -135,23 +127,40 @@ def linear_a8_add(
     residual: Sequence[Tensor],
     gate: Tensor | None,
 ) -> Tensor:
-    m, n = codes.shape[0], weight.shape[0]
     add, dtype = addend(residual, gate), residual[0].dtype
+    low_ranks = [] if low_rank is None else [low_rank]
+    biases = [] if bias is None else [bias]
+    linear = codes, scale, z, [weight], [weight_scale], low_ranks, biases, table
     with on_device_of(codes):
-        if m * n and dtype != torch.float32 and on_hopper(n, 0 if z is None else z.shape[1], codes.device):
-            from . import hopper, hopper_packed
+        if dtype != torch.float32:
+            out = torch.empty((codes.shape[0], weight.shape[0]), dtype=dtype, device=codes.device)
+            if out.numel() and _by_hopper(*linear, [False], out, add):
+                return out
+        return triton_add.add(linear_a8_siblings(*linear, dtype), add)
 
-            out = torch.empty((m, n), dtype=dtype, device=codes.device)
-            low_ranks = [] if low_rank is None else [low_rank]
-            biases = [] if bias is None else [bias]
-            linear = codes, scale, z, [weight], [weight_scale], low_ranks, biases, table, [False]
-            tile = hopper_packed.choose(codes, [weight], table)
-            if tile is not None and add.fits(tile[0]):
-                return hopper_packed.linear_a8(*linear, tile, out, add)
-            if tile is None and m >= FEWEST_TOKENS and add.fits(hopper.HALF):
-                return hopper.linear_a8(*linear, out, add)
-        y = linear_a8(codes, scale, z, weight, weight_scale, low_rank, bias, table, dtype)
-        return triton_add.add(y, add)
+
+def _by_hopper(
+    codes: Tensor, scale: Tensor, z: Tensor | None, weights: Sequence[Tensor], weight_scales: Sequence[Tensor],
+    low_ranks: Sequence[Tensor], biases: Sequence[Tensor], table: Sequence[int], gelu: Sequence[bool], out: Tensor,
+    add: Addend | None = None,
+) -> bool:  # fmt: skip
+    """Whether one of Hopper's kernels computes it, with all that ends it; `out` then has it."""
+    if not on_hopper(out.shape[1], 0 if z is None else z.shape[1], codes.device):
+        return False
+    from . import hopper, hopper_packed
+
+    linear = codes, scale, z, weights, weight_scales, low_ranks, biases, table, gelu
+    tile = hopper_packed.choose(codes, weights, table)
+    if tile is not None and (add is None or add.fits(tile[0])):
+        hopper_packed.linear_a8(*linear, tile, out, add)
+    elif (
+        tile is None and len(codes) >= FEWEST_TOKENS and hopper.takes(weights, gelu)
+        and (add is None or add.fits(hopper.HALF))
+    ):  # fmt: skip
+        hopper.linear_a8(*linear, out, add)
+    else:
+        return False
+    return True
 
 
 def _multiply(

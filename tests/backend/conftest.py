@@ -64,6 +64,11 @@ def inputs(model, dtype=torch.bfloat16):
     }
 
 
+def moved(arguments, device):
+    """The arguments of a model with their tensors on `device`."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
 def run(model):
     with torch.no_grad():
         return model(**inputs(model, model.dtype))[0]
@@ -112,10 +117,10 @@ def flux_case(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def helpers():
-    """`run(model)` → output on fixed inputs; `sqnr(y, reference)` in dB; `inputs(model)`."""
+    """`run(model)` → output on fixed inputs; `sqnr(y, reference)` in dB; `inputs(model)`, `moved(…, device)`."""
     from types import SimpleNamespace
 
-    return SimpleNamespace(run=run, sqnr=sqnr, inputs=inputs)
+    return SimpleNamespace(run=run, sqnr=sqnr, inputs=inputs, moved=moved)
 
 
 @pytest.fixture(scope="session", params=["pixart-sigma-tiny", "flux-tiny"])

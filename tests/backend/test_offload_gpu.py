@@ -28,13 +28,9 @@ def clean():
     torch.cuda.empty_cache()
 
 
-def on_cuda(arguments):
-    return {k: v.to(CUDA) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-
-
 @torch.no_grad()
 def run(model, helpers):
-    return model(**on_cuda(helpers.inputs(model)))[0].to(CPU)
+    return model(**helpers.moved(helpers.inputs(model), CUDA))[0].to(CPU)
 
 
 def loaded(case, bits=8, **kwargs):
@@ -209,7 +205,7 @@ def test_out_of_memory_leaves_a_working_model(case, helpers):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 32 * 2**20) / total)
     try:
-        arguments = on_cuda(helpers.inputs(model))
+        arguments = helpers.moved(helpers.inputs(model), CUDA)
         x = arguments["hidden_states"]
         with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
             model(**{**arguments, "hidden_states": x.repeat(4096, *[1] * (x.ndim - 1))})

@@ -150,7 +150,7 @@ def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, t
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["manual", "reduce-overhead"])
 def test_cuda_graphs(case, helpers, options):
     model = case.load().to("cuda")
-    arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in helpers.inputs(model).items()}
+    arguments = helpers.moved(helpers.inputs(model), "cuda")
     with torch.no_grad():
         expected = model(**arguments)[0].clone()
         if options:
@@ -174,7 +174,7 @@ def test_blocks_in_cuda_graphs(case, helpers):
     """As people run it: nothing says where a step begins, and guidance keeps one output while it makes the next."""
     model = case.load().to("cuda")
     dirotq.set_activation_bits(model, 16)
-    arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in helpers.inputs(model).items()}
+    arguments = helpers.moved(helpers.inputs(model), "cuda")
 
     def steps():
         outputs = []
@@ -208,7 +208,7 @@ def test_real_widths_and_thousands_of_tokens(cls, bits, helpers, tmp_path):
     cls(**shape).to(torch.bfloat16).save_pretrained(tmp_path)
     config = dirotq.DiRotQConfig(activation_bits=bits)
     model = cls.from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.bfloat16).to("cuda")
-    arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in helpers.inputs(model).items()}
+    arguments = helpers.moved(helpers.inputs(model), "cuda")
     g = torch.Generator("cuda").manual_seed(0)
     x = (2, 4096, 16) if cls is FluxTransformer2DModel else (2, 4, 128, 128)
     arguments["hidden_states"] = torch.randn(x, device="cuda", generator=g).bfloat16()

@@ -25,10 +25,6 @@ def clean():
     torch.cuda.empty_cache()
 
 
-def on(device, arguments):
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-
-
 def with_adapter(case, bits, dtype=torch.bfloat16, init=False):
     model = case.load(torch_dtype=dtype)
     dirotq.set_activation_bits(model, bits)
@@ -39,7 +35,7 @@ def with_adapter(case, bits, dtype=torch.bfloat16, init=False):
 
 
 def gradients(model, device, helpers, dtype=torch.bfloat16):
-    arguments = on(device, helpers.inputs(model, dtype))
+    arguments = helpers.moved(helpers.inputs(model, dtype), device)
     model.zero_grad()
     model(**arguments)[0].float().square().mean().backward()
     return torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.requires_grad])
@@ -82,7 +78,7 @@ def test_an_adapter_trains_in_groups(pixart_case, helpers, level, stream):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_few_steps_of_training_reduce_the_loss(case, helpers, compiled):
     model = with_adapter(case, 8, init=True).to(CUDA)
-    arguments = on(CUDA, helpers.inputs(model))
+    arguments = helpers.moved(helpers.inputs(model), CUDA)
     with torch.no_grad():
         target = model(**arguments)[0] + 0.05
     if compiled:
