@@ -177,6 +177,25 @@ def _split(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
+def _columns(ptr, col, N, count: gl.constexpr, layout: gl.constexpr):
+    """`count` values of a vector from `col` on, each for a column of a tile in `layout`."""
+    cols = col + gl.arange(0, count, gl.SliceLayout(0, layout))
+    return gl.load(ptr + cols, mask=cols < N, other=0.0)
+
+
+@gluon.jit
+def _columns_of(part, ptr, col, N):
+    layout: gl.constexpr = part.type.layout
+    return _columns(ptr, col, N, part.shape[1], layout)
+
+
+@gluon.jit
+def _scales(scale_ptr, weight_scale_ptr, row, col, M, N, BN: gl.constexpr, layout: gl.constexpr):
+    rows = row + gl.arange(0, BM // 2, gl.SliceLayout(1, layout))
+    return gl.load(scale_ptr + rows, mask=rows < M, other=0.0), _columns(weight_scale_ptr, col, N, BN, layout)
+
+
+@gluon.jit
 def _multiply(
     out_desc, z_desc, scale_ptr, weight_scale_ptr, bias_ptr, residual_desc, gate_ptr, a_bufs, w_bufs, out_buf,
     full, empty, M, N, K, rank, image, gate_step, tiles,
@@ -189,11 +208,20 @@ def _multiply(
     layout_16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
     z_layout: gl.constexpr = z_desc.layout
     width: gl.constexpr = BN // PARTS
+    early: gl.constexpr = BN == 128  # a wider tile leaves no registers for it
     slot = 0
     phase = 0
+    wait_for_previous_kernel()
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, col = _tile(tile, M, N, BN)
         row += HALF * (BM // 2)
+        gate_at = gate_ptr + gl.minimum(row, M - 1) // image * gate_step
+        if early:  # what the end of the tile needs, on its way meanwhile
+            scale, weight_scale = _scales(scale_ptr, weight_scale_ptr, row, col, M, N, BN, layout)
+            if HAS_BIAS:
+                bias = _columns(bias_ptr, col, N, BN, layout_16)
+            if GATED:
+                gate = _columns(gate_at, col, N, BN, layout_16)
         total = gl.zeros([BM // 2, BN], TOTAL, layout)
         for k in range(0, K, BK):
             mbarrier.wait(full.index(slot), phase)
@@ -207,10 +235,8 @@ def _multiply(
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
 
-        rows = row + gl.arange(0, BM // 2, gl.SliceLayout(1, layout))
-        cols = col + gl.arange(0, BN, gl.SliceLayout(0, layout))
-        scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
-        weight_scale = gl.load(weight_scale_ptr + cols, mask=cols < N, other=0.0)
+        if not early:
+            scale, weight_scale = _scales(scale_ptr, weight_scale_ptr, row, col, M, N, BN, layout)
         y = total.to(gl.float32) * gl.expand_dims(scale, 1)
         y = y * gl.expand_dims(weight_scale, 0)
         y = gl.convert_layout(y, layout_16)
@@ -223,8 +249,8 @@ def _multiply(
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = _next(slot, phase, STAGES)
         if HAS_BIAS:
-            cols_16 = col + gl.arange(0, BN, gl.SliceLayout(0, layout_16))
-            bias = gl.load(bias_ptr + cols_16, mask=cols_16 < N, other=0.0)
+            if not early:
+                bias = _columns(bias_ptr, col, N, BN, layout_16)
             y += gl.expand_dims(bias.to(gl.float32), 0)
         if GELU:
             y = gelu(y)
@@ -234,12 +260,12 @@ def _multiply(
             if ADD:  # a part at a time: the registers hold no more of residual and gate
                 mbarrier.wait(full.index(slot), phase)
                 if GATED:
-                    cols = col + i * width + gl.arange(0, width, gl.SliceLayout(0, part.type.layout))
-                    gate_at = gate_ptr + gl.minimum(row, M - 1) // image * gate_step
-                    gate = gl.load(gate_at + cols, mask=cols < N, other=0.0)
+                    if not early:
+                        gate = _columns_of(part, gate_at, col + i * width, N)
                     part = part.to(gl.float32) * gl.expand_dims(gate.to(gl.float32), 0)
                 residual = _residual_buf(a_bufs, w_bufs, slot, residual_desc, BN, STAGES, HALF)
                 part = residual.load(part.type.layout).to(gl.float32) + part.to(gl.float32)
+                fence_async_shared()  # or the memory accelerator may write here before all have read
                 barrier()
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _next(slot, phase, STAGES)

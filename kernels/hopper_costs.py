@@ -1,7 +1,7 @@
 """Which product runs on Hopper, and with what tiles: whichever should take least by a model of its time.
 
 The constants are microseconds, fitted to measurements on an H200 (132 multiprocessors): FLUX.1's and PixArt's shapes
-with 1 to 16384 tokens, where what the model picks takes 1 % longer than the fastest of all on average, 6 % at most.
+with 1 to 16384 tokens, the larger ones with the GPU at its limit of power, as in a model's step.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,14 @@ class Packed:
 
 
 PACKED = (
-    Packed(256, launch=3.3, step=0.72, tile=2.6, share=7.0, part=1.0),
-    Packed(128, launch=3.0, step=0.415, tile=2.0, share=4.7, part=0.8),
+    Packed(256, launch=3.3, step=0.74, tile=2.6, share=7.0, part=1.0),
+    Packed(128, launch=3.0, step=0.43, tile=2.0, share=4.7, part=0.8),
     Packed(64, launch=3.4, step=0.31, tile=1.3, share=3.7, part=0.7),
 )
 # `hopper.linear_a8`: a launch, a million weights unpacked, and a step and the end of a tile by its columns.
-UNPACK_LAUNCH, UNPACK, UNPACKED_STEP, UNPACKED_TILE = 2.05, 0.35, {128: 0.318, 256: 0.672}, {128: 2.7, 256: 3.0}
+UNPACK_LAUNCH, UNPACK, UNPACKED_STEP, UNPACKED_TILE = 2.05, 0.35, {128: 0.345, 256: 0.70}, {128: 2.0, 256: 3.0}
+# A step of a shared tile, where the activations (bytes) do not stay in the cache: the parts of such tiles lie apart.
+FAR, FAR_STEP = 8e6, 1.25
 
 
 def tiles_shared(tiles: int, processors: int) -> int:
@@ -54,7 +56,8 @@ def packed_time(cost: Packed, shared: bool, m: int, k: int, col_tiles: int, proc
     share = cdiv(common * units, processors)  # units of work of a multiprocessor
     alone, pieces = (tiles - common) // processors, 2 if tiles >= processors else 1
     parts = cdiv(units, share)
-    work = (alone * steps + 2 * share) * cost.step + (alone + pieces) * cost.tile
+    far = FAR_STEP if m * k > FAR else 1.0
+    work = (alone * steps + 2 * share * far) * cost.step + (alone + pieces) * cost.tile
     return cost.launch + work + cost.share + parts * cost.part
 
 

@@ -160,3 +160,19 @@ def test_strategies_agree(batch, s, k, n, gated, monkeypatch):
         assert all(torch.equal(run, y) for run in runs), tile
     monkeypatch.setattr(triton_linear, "on_hopper", lambda *_: False)
     assert_close(y, kernels.linear_a8_add(*linear, parts, gate), parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, (128, False), (256, False)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_thousands_of_sums_are_equal(gated, tile, monkeypatch):
+    """Without a fence one in a million residual tiles was overwritten while it was read (K = 1152, no gate)."""
+    from dirotq.kernels import hopper_packed
+
+    linear, parts, gate = case(2, [4096], 1152, 1152, 64, device="cuda", gated=gated)
+    monkeypatch.setattr(hopper_packed, "choose", lambda *_: tile)
+    first = kernels.linear_a8_add(*linear, parts, gate).view(torch.int16)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(6000):
+        differ += (kernels.linear_a8_add(*linear, parts, gate).view(torch.int16) != first).any()
+    assert not differ
