@@ -35,7 +35,7 @@ WORDS = gl.constexpr(gl.DistributedLinearLayout(
 # Four codes in the low half of a word to four table bytes. A byte permute looks up bits 0-2 of each digit of its
 # selector; where bit 3 is set it returns the sign of what it found, repeated. So one lookup by bits 0-2 finds the
 # value of a code of 8 to 15, and one by all four bits what to take off below 8, zero for the others
-# (`hopper_packed.expansion`).
+# (`triton_common.expansion`).
 _EXPAND = gl.constexpr("""
 {
 .reg .b32 c, high, less;

@@ -1,8 +1,6 @@
 """`linear_a8` on Hopper straight from packed weights."""
 
-import struct
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from .gluon_packed import BK, BN, RANKS, linear_a8_packed_kernel, siblings_packe
 from .hopper import aligned, descriptor
 from .hopper_costs import tiles_shared
 from .launch import cdiv, launch, multiprocessors
+from .triton_common import expansion
 
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
 COLUMNS, WIDTH, RANK = BN.value, BK.value, RANKS.value
@@ -24,20 +23,6 @@ STAGES = {256: 4, 128: 6, 64: 8}  # of the ring, by the tokens of a tile
 def block(rows: int, shared: bool, dtype: torch.dtype) -> dict[str, int]:
     """Tokens of a tile, ring depth, slices of the output tile, and whether programs share tiles."""
     return {"BM": rows, "STAGES": STAGES[rows], "PARTS": max(1, rows * dtype.itemsize // 512), "SHARED": shared}
-
-
-@cache
-def expansion(table: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The four words from which the kernel expands codes by `table`, or None if it cannot.
-
-    A code c below 8 becomes high[c] - 2 less[c], a code of 8 or more high[c - 8], in bytes modulo 256: that holds all
-    tables whose entry i + 8, as such a byte, exceeds entry i by an even number. INT4 and CODEBOOK16 do.
-    """
-    low, high = [[value % 256 for value in half] for half in (table[:8], table[8:])]
-    differences = [b - a for a, b in zip(low, high, strict=True)]
-    if any(difference < 0 or difference % 2 for difference in differences):
-        return None
-    return struct.unpack("<4i", bytes([*(difference // 2 for difference in differences), *high]))
 
 
 def takes(weights: Sequence[Tensor], table: Sequence[int]) -> bool:

@@ -3,6 +3,7 @@
 import os
 import struct
 from collections.abc import Sequence
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -13,6 +14,20 @@ from .launch import OPTIONS as OPTIONS
 def table_words(table: Sequence[int]) -> tuple[int, ...]:
     """The 16 int8 values of a table as four little-endian 32-bit words."""
     return struct.unpack("<4i", struct.pack("<16b", *table))
+
+
+@cache
+def expansion(table: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The four words from which two byte permutes expand codes by `table`, or None if they cannot.
+
+    A code c below 8 becomes high[c] - 2 less[c], a code of 8 or more high[c - 8], in bytes modulo 256: that holds all
+    tables whose entry i + 8, as such a byte, exceeds entry i by an even number. INT4 and CODEBOOK16 do.
+    """
+    low, high = [[value % 256 for value in half] for half in (table[:8], table[8:])]
+    differences = [b - a for a, b in zip(low, high, strict=True)]
+    if any(difference < 0 or difference % 2 for difference in differences):
+        return None
+    return struct.unpack("<4i", bytes([*(difference // 2 for difference in differences), *high]))
 
 
 # Triton's interpreter keeps a bfloat16 as its 16 bits, truncates when it makes one, and multiplies the bits in a

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_one_token
 from .launch import cdiv, early, launch, on_device_of
 from .triton_common import INTERPRETED, begin, decode, dot, low_rank_tile, narrow, table_words, tile_of
 
@@ -250,7 +251,12 @@ def linear_a16(
     bias_or_any = weight_scale if bias is None else bias.contiguous()
     has = {"HAS_LOW_RANK": rank > 0, "HAS_BIAS": bias is not None}
     with on_device_of(x):
-        if m <= FEW_TOKENS:
+        if triton_one_token.takes(x, table):
+            triton_one_token.linear_a16(
+                x, None if z is None else z_or_any, weight, weight_scale,
+                None if low_rank is None else low_rank_or_any, None if bias is None else bias_or_any, table, out,
+            )  # fmt: skip
+        elif m <= FEW_TOKENS:
             tile = few_tokens_blocks(m)
             asm = not INTERPRETED.value and torch.version.hip is None
             launch(
