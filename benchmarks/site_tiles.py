@@ -13,9 +13,11 @@ from dirotq.kernels import hopper_site, rotate_quantize
 
 CHOICES = {
     "PROJECT_PROGRAMS": (108, 144, 216, 264),
-    "PROJECT_WIDTH": (1, 2),
-    "PROJECT_STAGES": (3, 4),
-    "RESIDENT": (1, 2, 4),
+    "project_tile": tuple(
+        {"ROWS": rows, "WIDTH": width, "STAGES": stages}
+        for rows, width, stages in ((64, 1, 6), (64, 2, 3), (128, 1, 4), (128, 2, 2))
+    ),
+    "RESIDENT": (1, 2, 3),
 }
 
 
@@ -32,7 +34,7 @@ def main() -> None:
         signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
         for values in product(*CHOICES.values()):
             for name, value in zip(CHOICES, values, strict=True):
-                setattr(hopper_site, name, value)
+                setattr(hopper_site, name, (lambda _, tile=value: tile) if name == "project_tile" else value)
             rotate_quantize(xs[0], basis, signs, 128, arguments.mode)
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as seen:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
 from .hopper import aligned, descriptor
@@ -20,13 +21,21 @@ ROWS, WIDTH, RANK = BM.value, COLUMNS.value, RANKS.value  # plain numbers, quick
 
 # Found by measurement (benchmarks/site_tiles.py).
 PROJECT_PROGRAMS = 216
-PROJECT_WIDTH = 2  # of a step, in units of 64 columns; two at most, so that the columns lie in one part of x
-PROJECT_STAGES = 3
+MANY_ROWS = 12_800  # of which programs of the projection take twice as many
 MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
 # A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
+
+
+def project_tile(m: int) -> dict[str, int]:
+    """Rows of a program of the projection; columns of its steps, in units of 64, and how many are on their way.
+
+    Two of those at most, so that they lie in one part of x. Every program reads U, from the cache: fewer do where there
+    are rows for all multiprocessors.
+    """
+    return {"ROWS": 128, "WIDTH": 1, "STAGES": 4} if m >= MANY_ROWS else {"ROWS": 64, "WIDTH": 2, "STAGES": 3}
 
 
 def project_chunks(row_tiles: int, blocks: int) -> int:
@@ -43,6 +52,11 @@ def _rows_aligned(x: Tensor) -> Tensor:
     return x
 
 
+def _described(parts: Sequence[Tensor], rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Descriptors of one part or two, by tiles of `rows` rows."""
+    return descriptor(parts[0], rows, RANK), descriptor(parts[1], rows, RANK) if len(parts) > 1 else None
+
+
 def rotate_quantize(
     parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor, block: int, mode: str, z: Tensor, multiprocessors: int
 ) -> tuple[Tensor, Tensor]:
@@ -54,19 +68,21 @@ def rotate_quantize(
     k, split = signs.shape[0], parts[0].shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=z.device)
     scale = torch.empty(m, dtype=torch.float32, device=z.device)
-    x_desc = descriptor(_rows_aligned(parts[0]), ROWS, RANK)
-    x1_desc = descriptor(_rows_aligned(parts[1]), ROWS, RANK) if len(parts) > 1 else None
+    parts = [_rows_aligned(part) for part in parts]
+    x_desc, x1_desc = _described(parts, ROWS)
     basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANK, RANK)
-    row_tiles, blocks = cdiv(m, ROWS), k // WIDTH
+    tile = project_tile(m)
+    high = tile["ROWS"]
+    read = (x_desc, x1_desc) if high == ROWS else _described(parts, high)
+    row_tiles, blocks = cdiv(m, high), k // WIDTH
     chunks = project_chunks(row_tiles, blocks)
     alone, factor = chunks == 1, scale_of_rms(mode, k)
     squares = scale if alone else torch.empty((chunks, m), dtype=torch.float32, device=z.device)
     partial = scale if alone else torch.empty((chunks, m, RANK), dtype=torch.float32, device=z.device)
     launch(
         site_project_hopper_kernel, (chunks, row_tiles),
-        x_desc, x1_desc, split, basis_desc, partial, squares, z, scale, m, k, rank, factor,
-        PROJECT=rank > 0, ALONE=alone, WIDTH=PROJECT_WIDTH, STAGES=PROJECT_STAGES,
-        num_warps=4, launch_pdl=True,
+        *read, split, basis_desc, partial, squares, z, scale, m, k, rank, factor,
+        PROJECT=rank > 0, ALONE=alone, **tile, num_warps=high // 16, launch_pdl=True,
     )  # fmt: skip
     if not alone:
         launch(
@@ -74,6 +90,7 @@ def rotate_quantize(
             partial, squares, z, scale, m, k, rank, factor,
             CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
         )  # fmt: skip
+    row_tiles = cdiv(m, ROWS)
     tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
     z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
     launch(

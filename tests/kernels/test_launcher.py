@@ -116,7 +116,7 @@ def test_descriptors(driver, tmp_path, parts):
     types = {name: descriptor("bf16", 64, 64) for name in ("x_desc", "x1_desc", "basis_desc")[: 1 + parts]}
     types["basis_desc"] = descriptor("bf16", 64, 64)
     types |= {"z_ptr": "*bf16", "factor": "fp32", **dict.fromkeys(("partial_ptr", "squares_ptr", "scale_ptr"), "*fp32")}
-    values = {"PROJECT": True, "ALONE": False, "WIDTH": 2, "STAGES": 3}
+    values = {"PROJECT": True, "ALONE": False, "ROWS": 64, "WIDTH": 2, "STAGES": 3}
     if parts == 1:
         values["x1_desc"] = None
     compiled = compile_gluon(kernel, types, values, tmp_path)
@@ -129,7 +129,7 @@ def test_descriptors(driver, tmp_path, parts):
             tiles[1] = None
         return [*tiles[:2], 256, tiles[2], fp32, fp32, y, fp32, 80, 384, 64, 0.5]
 
-    constants = [True, False, 2, 3]
+    constants = list(values.values())[:5]
     assert same_as_triton(compiled, driver, args(x), constants) == 1 + parts
     driver.launches.clear()
     direct = triton_launcher.direct(compiled, constants)

@@ -22,6 +22,7 @@ from dirotq.kernels import (  # noqa: E402
     triton_gptq,
     triton_linear,
     triton_norm,
+    triton_one_token,
     triton_rotate,
     triton_site,
     triton_unpack,
@@ -205,6 +206,16 @@ def test_few_tokens_compiles(chip, tokens, tmp_path):
     check(compiled, target, shared_memory, tmp_path)
 
 
+@pytest.mark.parametrize("chunks", [2, triton_one_token.MOST_CHUNKS])
+@pytest.mark.parametrize("chip", [chip for chip in TARGETS if chip.startswith("sm_")])
+def test_one_token_compiles(chip, chunks, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    values = {**LINEAR, "ASM": True, "OVERLAP": overlaps(chip), "CHUNKS": chunks, **triton_one_token.BLOCKS}
+    compiled = compile_for(target, triton_one_token.one_token_kernel, A16, values)
+    assert "dp4a.s32.u32" in compiled.asm["ptx"]
+    check(compiled, target, shared_memory, tmp_path)
+
+
 NVFP4 = {
     **WEIGHTS, "codes_ptr": "u8", "blocks_ptr": "u8", "weight_blocks_ptr": "u8",
     "scale_ptr": "fp32", "weight_scale_ptr": "fp32",
@@ -297,7 +308,7 @@ def test_norm_modulate_compiles(chip, d, dtype, tmp_path):
         assert accesses and all(".v4.b32" in access for access in accesses)
 
 
-def compile_gluon(kernel, types, values, folder, most_spilled=0):
+def compile_gluon(kernel, types, values, folder, most_spilled=0, warps=4):
     """Compiled for Hopper; `types` of arguments that are no 32-bit integers, `values` of the constants."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -306,7 +317,7 @@ def compile_gluon(kernel, types, values, folder, most_spilled=0):
     pointers = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
     source = GluonASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
     target, shared_memory, _ = TARGETS["sm_90"]
-    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": 4})
+    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": warps})
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
     check(compiled, target, shared_memory, folder, most_spilled)
     return compiled
@@ -417,15 +428,17 @@ def test_hopper_quantize_compiles(mode, x, tmp_path):
 
 
 @needs_gluon
+@pytest.mark.parametrize(("m", "alone"), [(4608, False), (8192, True), (16384, True)])
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize("alone", [False, True])
 @ONE_OR_TWO_PARTS
-def test_hopper_project_compiles(x, alone, project, tmp_path):
+def test_hopper_project_compiles(x, project, m, alone, tmp_path):
     from dirotq.kernels import gluon_site, hopper_site
 
-    tile = {"WIDTH": hopper_site.PROJECT_WIDTH, "STAGES": hopper_site.PROJECT_STAGES}
+    tile = hopper_site.project_tile(m)
+    rows = tile["ROWS"]
+    types = {**site_types(), **dict.fromkeys(("x_desc", "x1_desc"), descriptor("bf16", rows, 64))}
     values = {"PROJECT": project, "ALONE": alone, **x, **tile}
-    compiled = compile_gluon(gluon_site.site_project_hopper_kernel, site_types(), values, tmp_path)
+    compiled = compile_gluon(gluon_site.site_project_hopper_kernel, types, values, tmp_path, warps=rows // 16)
     assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
     # The second pass, which may start from here on, reads x before it waits: x must be complete by now.

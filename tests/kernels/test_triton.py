@@ -34,7 +34,7 @@ def shapes():
 
 def sites():
     full = [(m, k) for k in (64, 192, 1152, 3072, 4608, 12288, 15360) for m in cases.TOKENS]
-    full += [(8192, 1152), (8192, 4608)]  # rows enough that none are divided into parts
+    full += [(8192, 1152), (8192, 4608), (16400, 1152), (16400, 4608)]  # rows enough that none are divided into parts
     return on([(m, k) for m, k, _ in SMALL], full)
 
 
@@ -244,6 +244,7 @@ def test_packed_tile_choice():
     assert hopper_costs.choose(1, 3072, (3072,), 132) == (64, False)
     assert hopper_costs.choose(512, 12288, (3072,), 132) == (128, True)
     assert hopper_costs.choose(4096, 3072, (3072,), 132) == (256, False)
+    assert hopper_costs.choose(4096, 12288, (3072,), 132) == (256, False)
     assert hopper_costs.choose(4608, 15360, (3072,), 132) is None
     for m in (1, 65, 512, 4608):  # whatever the multiprocessors
         for processors in (1, 78, 114, 132):
@@ -270,6 +271,38 @@ def test_linear_a16(m, k, n, device, grouped, dtype):
         (x, None, w.weight, scale, None, None, kernels.CODEBOOK16),
     ):
         cases.assert_close(kernels.linear_a16(*arguments), by_reference(kernels.linear_a16, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("what", ["usual", "one large", "tiny", "zero", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("k", "n", "device"), on([(64, 3), (1088, 5), (4096, 9)], [(64, 3), (1088, 41), (3072, 18432), (4096, 77)])
+)
+def test_one_token_against_float64(k, n, device, what, dtype):
+    """x keeps 16 bits beside the largest of 32 neighbours."""
+    make = torch.Generator().manual_seed(6)
+    x = torch.randn(1, k, generator=make)
+    if what == "one large":
+        x[0, k // 2] = 3000.0
+    if what in ("tiny", "zero"):
+        x *= 0 if what == "zero" else 2.0**-110 if dtype == torch.bfloat16 else 2.0**-14
+    if what in ("nan", "inf"):
+        x[0, -1] = float(what)
+    x = x.to(dtype)
+    w = cases.weights(n, k, 5)
+    scale = w.group_scale * (1 if what != "tiny" else 2.0**100 if dtype == torch.bfloat16 else 1.0)
+    z = torch.randn(1, 5, generator=make).bfloat16() if what != "tiny" else torch.zeros(1, 5).bfloat16()
+    y = kernels.linear_a16(
+        *(t.to(device) for t in (x, z, w.weight, scale, w.low_rank, torch.zeros(n).to(dtype))), kernels.CODEBOOK16
+    ).double().cpu()  # fmt: skip
+    if what in ("nan", "inf"):
+        assert not y.isfinite().any()
+        return
+    dense = kernels.decode(w.weight, kernels.CODEBOOK16).double() * scale.double().repeat_interleave(64, 1)
+    expected = x.double() @ dense.T + z.double() @ w.low_rank.double().T
+    lost = x.double().abs().unflatten(1, (-1, 32)).amax(2).repeat_interleave(32, 1) * 2**-15 @ dense.abs().T
+    lost += 1e-6 * expected.abs().max() + 1e-12
+    assert ((y - expected).abs() <= cases.ULP[dtype] * expected.abs() + lost).all()
 
 
 @pytest.mark.parametrize("mode", cases.MODES)
