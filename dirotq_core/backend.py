@@ -298,16 +298,16 @@ def _multiplies_four_bit_lattice(model: nn.Module) -> bool:
 # Imported late: their classes are those of diffusers' models.
 def _use_own_steps(model: nn.Module) -> None:
     """Give the model layers and attention that compute several of diffusers' steps in one kernel."""
-    from .flux_attention import use_fused_attention
     from .fused_layers import use_fused_layers
+    from .processors import use_fused_attention
 
     use_fused_layers(model)
     use_fused_attention(model)
 
 
 def _use_diffusers_steps(model: nn.Module) -> None:
-    from .flux_attention import use_plain_attention
     from .fused_layers import use_plain_layers
+    from .processors import use_plain_attention
 
     use_plain_layers(model)
     use_plain_attention(model)

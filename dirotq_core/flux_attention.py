@@ -95,23 +95,3 @@ def _weight(norm: nn.RMSNorm) -> torch.Tensor:
     for hook in reversed(hooks):
         hook.post_forward(norm, ())
     return weight
-
-
-def use_fused_attention(model: nn.Module) -> None:
-    """Give every attention of `model` that has diffusers' own processor this one."""
-    for attn in model.modules():
-        if isinstance(attn, FluxAttention) and type(attn.processor) is FluxAttnProcessor:
-            attn.set_processor(_like(attn.processor, DiRotQFluxAttnProcessor()))
-
-
-def use_plain_attention(model: nn.Module) -> None:
-    """Give diffusers' own processors back."""
-    for attn in model.modules():
-        if isinstance(attn, FluxAttention) and type(attn.processor) is DiRotQFluxAttnProcessor:
-            attn.set_processor(_like(attn.processor, FluxAttnProcessor()))
-
-
-def _like(old: FluxAttnProcessor, new: FluxAttnProcessor) -> FluxAttnProcessor:
-    """`new` with the attention backend and the parallelism that were set on `old`."""
-    vars(new).update(vars(old))
-    return new

@@ -21,6 +21,7 @@ from torch import nn
 from ..kernels import norm_modulate
 from .flux_attention import DiRotQFluxAttnProcessor, applies
 from .fusible import fits, fits_gelu, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
+from .pixart_layers import BasicTransformerBlock
 
 # Plain functions: the compiler knows no way through a method of diffusers' class, which it keeps in the graph whole.
 _PLAIN_GELU = activations.GELU.forward
@@ -132,7 +133,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         return text, image
 
 
-_BLOCKS = (FluxTransformerBlock, FluxSingleTransformerBlock)
+_BLOCKS = (FluxTransformerBlock, FluxSingleTransformerBlock, BasicTransformerBlock)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {cls.__bases__[0]: cls for cls in (GELU, AdaLayerNormZero, *_BLOCKS)}
 # diffusers' caches look blocks up by their class.
 for _block in _BLOCKS:

@@ -10,8 +10,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 
 from dirotq import kernels
 from dirotq.dirotq_core import flux_attention
-from dirotq.dirotq_core.flux_attention import DiRotQFluxAttnProcessor, use_plain_attention
+from dirotq.dirotq_core.flux_attention import DiRotQFluxAttnProcessor
 from dirotq.dirotq_core.fused_layers import use_plain_layers
+from dirotq.dirotq_core.processors import use_plain_attention
 
 from .versions import groups_on_cpu
 

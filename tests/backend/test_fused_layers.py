@@ -9,16 +9,17 @@ import torch
 import torch._dynamo.testing
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.activations import GELU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
 import dirotq
-from dirotq.dirotq_core import fused_layers
+from dirotq.dirotq_core import fused_layers, pixart_layers
 from dirotq.dirotq_core.fused_layers import use_fused_layers, use_plain_layers
 from dirotq.kernels import ops
 
 FLUX = {GELU, AdaLayerNormZero, FluxTransformerBlock, FluxSingleTransformerBlock}
-PIXART = {GELU}
+PIXART = {GELU, BasicTransformerBlock}
 PLAIN = FLUX | PIXART
 
 
@@ -49,7 +50,8 @@ def calls(monkeypatch):
     for name in names:
         monkeypatch.setattr(ops, name, record(name))
     modulate = fused_layers.norm_modulate
-    monkeypatch.setattr(fused_layers, "norm_modulate", lambda *a: made.append("norm_modulate") or modulate(*a))
+    for module in (fused_layers, pixart_layers):
+        monkeypatch.setattr(module, "norm_modulate", lambda *a: made.append("norm_modulate") or modulate(*a))
     return made
 
 
@@ -57,8 +59,12 @@ def test_a_loaded_model_has_them_and_a_dequantized_one_has_not(case):
     model = case.load()
     plain = PIXART if type(model).__name__.startswith("PixArt") else FLUX
     assert not classes(model) & PLAIN and classes(model) >= ours(plain)
+    processors = {type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")}
+    assert all(name.startswith("DiRotQ") for name in processors)
     model.dequantize()
     assert classes(model) & PLAIN == plain and not classes(model) & ours(PLAIN)
+    processors = {type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")}
+    assert processors and not any(name.startswith("DiRotQ") for name in processors)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -86,6 +92,16 @@ def test_what_runs_in_one_kernel(flux_case, helpers, calls):
     assert "linear_a8" not in calls
     assert calls.count("linear_a8_siblings gelu") == calls.count("rotate_quantize_parts") == singles
     assert calls.count("linear_a8_siblings") == 2 * blocks  # queries, keys and values of the double blocks
+
+
+def test_what_runs_in_one_kernel_in_pixart(pixart_case, helpers, calls):
+    model = pixart_case.load()
+    helpers.run(model)
+    blocks = len(model.transformer_blocks)
+    assert calls.count("norm_modulate") == 2 * blocks
+    assert calls.count("linear_a8 gelu") == blocks
+    assert calls.count("linear_a8_add") == 3 * blocks  # two attentions and the MLP
+    assert calls.count("linear_a8") == blocks  # queries of the text; its keys and values stay in 16 bit
 
 
 def test_loras_see_what_they_see_in_a_dense_model(flux_case, helpers, calls):
@@ -164,10 +180,14 @@ DOUBLE = [
 ]
 
 
+BASIC = ["attn1", "attn1.to_out.0", "attn2", "attn2.to_out.0", "attn2.to_out.1", "norm1", "norm2", "ff", "ff.net.2"]
+
+
 @pytest.mark.parametrize("of_torch", [True, False])
-@pytest.mark.parametrize("name", DOUBLE)
-def test_hooks_in_a_double_block_see_diffusers_steps(flux_case, helpers, name, of_torch):
-    model = flux_case.load()
+@pytest.mark.parametrize("name", DOUBLE + BASIC)
+def test_hooks_in_a_block_see_diffusers_steps(flux_case, pixart_case, helpers, name, of_torch):
+    pixart = name in BASIC and not (name in DOUBLE and of_torch)  # those of both in both
+    model = (pixart_case if pixart else flux_case).load()
     dirotq.set_activation_bits(model, 16)
     twin = copy.deepcopy(model)
     use_plain_layers(twin)
@@ -185,6 +205,24 @@ def test_hooks_in_a_double_block_see_diffusers_steps(flux_case, helpers, name, o
     assert helpers.sqnr(*outputs) > 45
     ours, plain = (torch.cat([t.flatten() for t in out]) if isinstance(out, tuple) else out for out in seen)
     assert helpers.sqnr(ours, plain) > 40
+
+
+def test_a_mask_and_a_batch_in_pixart(pixart_case, helpers):
+    model = pixart_case.load()
+    dirotq.set_activation_bits(model, 16)
+    twin = copy.deepcopy(model)
+    use_plain_layers(twin)
+    arguments = helpers.inputs(model)
+    g = torch.Generator().manual_seed(0)
+    more = {n: torch.randn(3, *arguments[n].shape[1:], generator=g).bfloat16() for n in list(arguments)[:2]}
+    mask = torch.ones(3, 7)
+    mask[0, 3:] = mask[2, 1:] = 0
+    more |= {"timestep": torch.tensor([500, 20, 900]), "encoder_attention_mask": mask}
+    with torch.no_grad():
+        ours_, plain = (one(**arguments | more)[0] for one in (model, twin))
+        assert helpers.sqnr(ours_, plain) > 45
+        more["encoder_attention_mask"] = torch.ones(3, 7)
+        assert helpers.sqnr(model(**arguments | more)[0], plain) < 40
 
 
 @pytest.mark.parametrize("batch", [2, 3])
