@@ -1,7 +1,7 @@
-"""Triton kernel of `linear_a16` for one token of 16 bits, as modulation layers see: it should take what reading takes.
+"""Triton kernel of `linear_a16` for one token in bf16, as modulation layers see: it should take what reading takes.
 
 Each value of x is an integer of 16 bits times a power of two, which 32 neighbours share: values down to a 128th of the
-largest of them are exact in bf16, smaller ones keep 2⁻¹⁵ of it. A byte product of the chip (`dp4a`) then multiplies
+largest of them are exact, smaller ones keep 2⁻¹⁵ of it, far below the output's own rounding. A byte product of the chip (`dp4a`) then multiplies
 four codes at a time, with the upper and the lower byte of x apart, where fp32 would take one code.
 """
 
@@ -196,7 +196,7 @@ def takes(x: Tensor, table: Sequence[int]) -> bool:
     """Whether `linear_a16` here computes it for x [1, K]."""
     return (
         x.shape[0] == 1
-        and x.dtype != torch.float32
+        and x.dtype == torch.bfloat16  # others keep more digits
         and x.shape[1] <= CHUNK.value * MOST_CHUNKS
         and torch.version.hip is None
         and expansion(tuple(table)) is not None
