@@ -8,7 +8,7 @@ from typing import Any
 KINDS = {
     "unpack": r"^unpack_kernel",
     "rotate + quantize": r"^(partial_project|sum_project|project|site_\w+|measure|quantize|rotate)_?\w*kernel",
-    "modulation": r"few_tokens_kernel|gemv|kgemm_4bit_inference|nvjet_\w+?_\d+x8_",  # tiles of eight tokens
+    "modulation": r"(one|few)_tokens?_kernel|gemv|kgemm_4bit_inference|nvjet_\w+?_\d+x8_",  # tiles of eight tokens
     "elementwise": r"^triton_(poi|red|per)_|layer_norm",
     "attention": r"flash|fmha|attention|sdpa|softmax",
     "matmul": r"linear_a8|siblings_packed|many_tokens|gemm|nvjet|cutlass|xmma|splitKreduce|cublas|_mm_|triton_(tem|mm)",

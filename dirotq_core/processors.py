@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
@@ -15,6 +16,10 @@ _FUSED: dict[type, dict[type, type]] = {
     FluxAttention: {FluxAttnProcessor: DiRotQFluxAttnProcessor},
     Attention: {AttnProcessor2_0: DiRotQAttnProcessor},
 }
+# diffusers' guiders, which skip attention, look processors up by their class.
+for _pairs in _FUSED.values():
+    for _own, _ours in _pairs.items():
+        AttentionProcessorRegistry.register(_ours, AttentionProcessorRegistry.get(_own))
 
 
 def use_fused_attention(model: nn.Module) -> None:

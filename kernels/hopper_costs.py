@@ -36,7 +36,7 @@ PACKED = (
 )
 # `hopper.linear_a8`: a launch, a million weights unpacked, and a step and the end of a tile by its columns.
 UNPACK_LAUNCH, UNPACK, UNPACKED_STEP, UNPACKED_TILE = 2.05, 0.35, {128: 0.345, 256: 0.70}, {128: 2.0, 256: 3.0}
-# A step of a shared tile, where the activations (bytes) do not stay in the cache: the parts of such tiles lie apart.
+# A step of a shared tile takes longer, by measurement, with more activations (bytes) than these.
 FAR, FAR_STEP = 8e6, 1.25
 
 

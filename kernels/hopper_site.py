@@ -21,11 +21,11 @@ ROWS, WIDTH, RANK = BM.value, COLUMNS.value, RANKS.value  # plain numbers, quick
 
 # Found by measurement (benchmarks/site_tiles.py).
 PROJECT_PROGRAMS = 216
-MANY_ROWS = 12_800  # of which programs of the projection take twice as many
+MANY_ROWS = ROWS * PROJECT_PROGRAMS  # more than these are not divided into parts, however many a program takes
 MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
-# A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
+# A single bf16 part of G is within a part in 500 of both halves of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
 
@@ -35,7 +35,7 @@ def project_tile(m: int) -> dict[str, int]:
     Two of those at most, so that they lie in one part of x. Every program reads U, from the cache: fewer do where there
     are rows for all multiprocessors.
     """
-    return {"ROWS": 128, "WIDTH": 1, "STAGES": 4} if m >= MANY_ROWS else {"ROWS": 64, "WIDTH": 2, "STAGES": 3}
+    return {"ROWS": 128, "WIDTH": 1, "STAGES": 4} if m > MANY_ROWS else {"ROWS": 64, "WIDTH": 2, "STAGES": 3}
 
 
 def project_chunks(row_tiles: int, blocks: int) -> int:
@@ -68,7 +68,7 @@ def rotate_quantize(
     k, split = signs.shape[0], parts[0].shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=z.device)
     scale = torch.empty(m, dtype=torch.float32, device=z.device)
-    parts = [_rows_aligned(part) for part in parts]
+    parts, signs = [_rows_aligned(part) for part in parts], signs.contiguous()
     x_desc, x1_desc = _described(parts, ROWS)
     basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANK, RANK)
     tile = project_tile(m)
@@ -95,7 +95,7 @@ def rotate_quantize(
     z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
     launch(
         site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
-        x_desc, x1_desc, split, z_desc, basis_desc, signs.contiguous(), scale, codes, m, k, block**-0.5,
+        x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5,
         PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -173,7 +173,8 @@ def linear_a16(
     """y [M, N] = x Ŵᵀ + z Lᵀ + b in x.dtype: 4-bit weights, 16-bit activations, fp32 accumulation.
 
     x [M, K] bf16, fp16 or fp32; weight_scale [N, 1] or [N, K/64] fp32 or bf16; Ŵ = table[code] · scale, not
-    rounded; the rest as in `linear_a8`. Differentiable in x and z.
+    rounded; the rest as in `linear_a8`. A kernel may round a single row of bf16 to 2⁻¹⁵ of the largest of 32 neighbours
+    and make NaN of what is not finite. Differentiable in x and z.
     """
     return torch.ops.dirotq.linear_a16.default(x, z, weight, weight_scale, low_rank, bias, list(table))
 

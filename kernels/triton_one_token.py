@@ -1,8 +1,9 @@
 """Triton kernel of `linear_a16` for one token in bf16, as modulation layers see: it should take what reading takes.
 
 Each value of x is an integer of 16 bits times a power of two, which 32 neighbours share: values down to a 128th of the
-largest of them are exact, smaller ones keep 2⁻¹⁵ of it, far below the output's own rounding. A byte product of the chip
-(`dp4a`) then multiplies four codes at a time, with the upper and the lower byte of x apart, where fp32 would take one.
+largest of them are exact, smaller ones keep 2⁻¹⁵ of it, which is below the output's own rounding unless that one dwarfs
+all others and its weight is 0. A byte product of the chip (`dp4a`) then multiplies four codes at a time, with the upper
+and the lower byte of x apart, where fp32 would take one.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """Triton kernels of `linear_a16`: 16-bit activations times 4-bit weights, the scales applied to sums over 64 columns.
 
-Few tokens (modulation layers see one per image) take a memory-bound kernel without matrix instructions: each thread
-reads 16 bytes of a row at once, turns its 32 codes into fp32 and multiplies them by every token. More tokens take a
-tiled product of table values, which the dtype of x holds exactly.
+One token in bf16, as modulation layers see it, takes `triton_one_token`. Few tokens, or one of another kind, take a
+memory-bound kernel without matrix instructions: each thread reads 16 bytes of a row at once, turns its 32 codes into
+fp32 and multiplies them by every token. More tokens take a tiled product of table values, which the dtype of x holds
+exactly.
 """
 
 from collections.abc import Sequence

@@ -416,12 +416,25 @@ ONE_OR_TWO_PARTS = pytest.mark.parametrize("x", [{"x1_desc": None}, {}], ids=["o
 
 
 @needs_gluon
-@ONE_OR_TWO_PARTS
-@pytest.mark.parametrize("mode", ["codebook", "int4", "int8"])
-def test_hopper_quantize_compiles(mode, x, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "block", "project", "x"),
+    [
+        *((mode, 128, True, x) for mode in ("codebook", "int4", "int8") for x in ({"x1_desc": None}, {})),
+        ("int4", 64, False, {}),
+        ("int8", 32, True, {}),
+    ],
+)
+def test_hopper_quantize_compiles(mode, block, project, x, tmp_path):
     from dirotq.kernels import gluon_site, hopper_site
 
-    values = {**PROJECTED, **x, "MODE": mode, "PARTS": hopper_site.PARTS[mode], "STAGES": hopper_site.STAGES}
+    values = {
+        "PROJECT": project,
+        "BLOCK": block,
+        **x,
+        "MODE": mode,
+        "PARTS": hopper_site.PARTS[mode],
+        "STAGES": hopper_site.STAGES,
+    }
     compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, site_types(), values, tmp_path)
     assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
     assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
@@ -436,6 +449,7 @@ def test_hopper_project_compiles(x, project, m, alone, tmp_path):
 
     tile = hopper_site.project_tile(m)
     rows = tile["ROWS"]
+    assert (hopper_site.project_chunks(-(-m // rows), 24) == 1) == alone
     types = {**site_types(), **dict.fromkeys(("x_desc", "x1_desc"), descriptor("bf16", rows, 64))}
     values = {"PROJECT": project, "ALONE": alone, **x, **tile}
     compiled = compile_gluon(gluon_site.site_project_hopper_kernel, types, values, tmp_path, warps=rows // 16)
