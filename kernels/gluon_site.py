@@ -1,10 +1,9 @@
 """Gluon kernels for Hopper: the two passes of `rotate_quantize` over a common site.
 
 A program keeps tiles of x on their way from memory (the tensor memory accelerator writes them to a ring of buffers), so
-that the next ones arrive while it computes. In the second pass it also holds the operators of its 128 columns: of each
-half of them, D H [64, 64] and −G = −Uᵀ D H [64, 64]. v = x (D H) − z G is computed a half at a time; blocks of 128 are
-the sum and the difference of both. A thread of the matrix instruction holds pairs of columns of the result. The
-operators' columns are renumbered (`_target`) so that those are 16 neighbours, stored at once.
+that the next ones arrive while it computes. In the second pass it also holds the operators of its 128 columns, D H
+[128, 128] and −G = −Uᵀ D H [64, 128]: v = x (D H) − z G. A thread of the matrix instruction holds pairs of columns of
+the result. The operators' columns are renumbered (`_target`) so that those are 16 neighbours, stored at once.
 
 x may lie in two parts: `x_desc` then describes its first `split` columns, a multiple of 128, and `x1_desc` the others.
 `x1_desc` is None where x lies in one part, and the kernel then the same as without it.
@@ -122,8 +121,8 @@ add.u32 $0, p, s;
 
 @gluon.jit
 def _target(n):
-    """The column, of 64, that the matrix instruction computes as column n."""
-    return (n & 1) | ((n >> 2) & 14) | ((n & 6) << 3)
+    """The column of v that the matrix instruction computes as column n."""
+    return (n & 1) | ((n >> 2) & 14) | ((n & 2) << 3) | ((n & 64) >> 1) | ((n & 4) << 4)
 
 
 @gluon.jit
@@ -136,29 +135,28 @@ def _parity(x):
 
 @gluon.jit
 def _in_order(v, layout: gl.constexpr):
-    """v [BM, 64], its columns as `_target` says."""
-    v = v.reshape([BM, 2, 2, 2, 2, 2, 2]).permute(0, 4, 5, 1, 2, 3, 6)
-    return gl.convert_layout(v.reshape([BM, HALF]), layout, assert_trivial=True)
+    """v [BM, 128], its columns as `_target` says."""
+    v = v.reshape([BM, 2, 2, 2, 2, 2, 2, 2]).permute(0, 5, 1, 6, 2, 3, 4, 7)
+    return gl.convert_layout(v.reshape([BM, COLUMNS]), layout, assert_trivial=True)
 
 
 @gluon.jit
-def _rotation(signs_ptr, first, BLOCK: gl.constexpr):
-    """D H [64, 64] of 64 columns from `first` on as bf16 of ±1 and 0, columns by `_target`; of a block of 128, half."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4, 8], [32, 1, 1], [2, 2, 1], [2, 1, 0])
-    within: gl.constexpr = BLOCK if BLOCK < HALF else HALF
-    k = gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+def _rotation(signs_ptr, first, START: gl.constexpr, BLOCK: gl.constexpr):
+    """Rows START to START + 64 of D H [128, 128] as bf16 of ±1 and 0, columns by `_target`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8, 8], [32, 1, 1], [2, 2, 1], [2, 1, 0])
+    k = START + gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     signs = gl.load(signs_ptr + first + k)
     k = gl.expand_dims(gl.expand_dims(k, 1), 2)
     negative = gl.expand_dims(gl.expand_dims((signs < 0).to(gl.int32), 1), 2)
-    high = _target(gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout))) * 8)
+    high = _target(gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout))) * 8)
     low = _target(gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout))))
     high = gl.expand_dims(gl.expand_dims(high, 0), 2)
     low = gl.expand_dims(gl.expand_dims(low, 0), 1)
-    minus = (_parity(k & high & (within - 1)) ^ negative) ^ _parity(k & low & (within - 1))
+    minus = (_parity(k & high & (BLOCK - 1)) ^ negative) ^ _parity(k & low & (BLOCK - 1))
     bits = (minus << 15) | 0x3F80
-    if within < HALF:
-        bits = gl.where(((k ^ (high | low)) & (HALF - within)) == 0, bits, 0)
-    return bits.to(gl.int16).reshape([HALF, HALF]).to(gl.bfloat16, bitcast=True)
+    if BLOCK < COLUMNS:
+        bits = gl.where(((k ^ (high | low)) & (COLUMNS - BLOCK)) == 0, bits, 0)
+    return bits.to(gl.int16).reshape([HALF, COLUMNS]).to(gl.bfloat16, bitcast=True)
 
 
 @gluon.jit
@@ -167,44 +165,27 @@ def _reciprocal(x):
 
 
 @gluon.jit
-def _codes(v, inverse, MODE: gl.constexpr):
-    """int8 codes of v [BM, 64] in order; inverse [BM] is the reciprocal of the scale."""
+def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
+    """int8 codes of v [BM, 128] in order; inverse [BM] is the reciprocal of the scale."""
     if MODE == "int4":
-        low = gl.maximum(gl.min(v, 1) * inverse, -128.0)
-        high = gl.minimum(gl.max(v, 1) * inverse, 127.0)
+        groups = v.reshape([BM, COLUMNS // 64, 64])
+        unit = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, gl.SliceLayout(2, groups.type.layout))), 1)
+        low = gl.maximum(gl.min(groups, 2) * unit, -128.0)
+        high = gl.minimum(gl.max(groups, 2) * unit, 127.0)
         step = gl.minimum(gl.maximum(gl.floor((high - low) * (1 / 15) + 0.5), 1.0), 17.0)
         offset = gl.floor((low + high) * 0.5 - 7.5 * step + 0.5)
         offset = gl.minimum(gl.maximum(offset, -128.0), 127 - 15 * step)
         shrink = _reciprocal(step)
-        a = gl.expand_dims(inverse * shrink, 1)
-        b = gl.expand_dims(32768.5 - offset * shrink, 1)
-        m = gl.expand_dims(step.to(gl.int32), 1)
-        o = gl.expand_dims((offset.to(gl.int32) + 128) * 0x01010101, 1)
-        return gl.inline_asm_elementwise(_INT4, "=r" + ",r" * 20, [v, a, b, m, o], gl.int8, True, 4)
+        a = gl.expand_dims(unit * shrink, 2)
+        b = gl.expand_dims(32768.5 - offset * shrink, 2)
+        m = gl.expand_dims(step.to(gl.int32), 2)
+        o = gl.expand_dims((offset.to(gl.int32) + 128) * 0x01010101, 2)
+        args = [groups, a, b, m, o]
+        codes = gl.inline_asm_elementwise(_INT4, "=r" + ",r" * 20, args, gl.int8, True, 4)
+        return gl.convert_layout(codes.reshape([BM, COLUMNS]), layout, assert_trivial=True)
     else:
         asm: gl.constexpr = _INT8 if MODE == "int8" else _CODEBOOK
         return gl.inline_asm_elementwise(asm, "=r" + ",r" * 8, [v, gl.expand_dims(inverse, 1)], gl.int8, True, 4)
-
-
-@gluon.jit
-def _begin_product(
-    x_bufs, z_bufs, slot, half, rotation, g_high, g_low, zeros, PROJECT: gl.constexpr, PARTS: gl.constexpr
-):
-    """v [BM, 64] of a half of the columns, or half of it, on its way."""
-    v = warpgroup_mma(x_bufs.index(2 * slot + half), rotation, zeros, use_acc=False, is_async=True)
-    if PROJECT:
-        v = warpgroup_mma(z_bufs.index(slot), g_high, v, is_async=True)
-        if PARTS == 2:
-            v = warpgroup_mma(z_bufs.index(slot), g_low, v, is_async=True)
-    return v
-
-
-@gluon.jit
-def _store(v, inverse, codes_ptr, rows, col, M, K, layout: gl.constexpr, MODE: gl.constexpr):
-    codes = _codes(_in_order(v, layout), inverse, MODE)
-    cols = col + gl.arange(0, HALF, gl.SliceLayout(0, layout))
-    at = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
-    gl.store(codes_ptr + at, codes, mask=gl.expand_dims(rows < M, 1))
 
 
 @gluon.jit
@@ -226,31 +207,18 @@ def _copy_columns(part_desc, x_bufs, ready, slot, row, col):
 
 
 @gluon.jit
-def _refill(
-    x_desc, x1_desc, z_desc, split, x_bufs, z_bufs, full, slot, tile, tiles, first, PROJECT: gl.constexpr
-):  # fmt: skip
-    """The ring's next tile of x and z, once all have read what lies in its place."""
-    barrier()
-    if tile < tiles:
-        bytes: gl.constexpr = 3 * TILE_BYTES if PROJECT else 2 * TILE_BYTES
-        _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile, first, bytes)
-        if PROJECT:
-            copy_in(z_desc, [tile * BM, 0], full.index(slot), z_bufs.index(slot))
-
-
-@gluon.jit
 def site_quantize_hopper_kernel(
     x_desc, x1_desc, split, z_desc, basis_desc, signs_ptr, scale_ptr, codes_ptr, M, K, norm,
     PROJECT: gl.constexpr, BLOCK: gl.constexpr, MODE: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """codes [M, K] int8 for scale [M] and z [M, r] bf16; G is held as PARTS bf16 parts."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     out_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
-        [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BM, HALF],
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 32], [8, 0]],
+        [[0, 16], [0, 64], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BM, COLUMNS],
     )  # fmt: skip
-    flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HALF], gl.bfloat16)
+    flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RANKS, COLUMNS], gl.bfloat16)
     x_layout: gl.constexpr = x_desc.layout
     bytes: gl.constexpr = 3 * TILE_BYTES if PROJECT else 2 * TILE_BYTES
     first = gl.program_id(0) * COLUMNS
@@ -273,28 +241,22 @@ def site_quantize_hopper_kernel(
         if tile + slot * step < tiles:
             _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile + slot * step, first, bytes)
 
-    zeros = gl.zeros([BM, HALF], gl.float32, mma)
-    r_0 = gl.allocate_shared_memory(gl.bfloat16, [HALF, HALF], flat, _rotation(signs_ptr, first, BLOCK))
-    r_1 = gl.allocate_shared_memory(gl.bfloat16, [HALF, HALF], flat, _rotation(signs_ptr, first + HALF, BLOCK))
-    g_0 = r_0
-    g_1 = r_1
-    g_0_low = r_0
-    g_1_low = r_1
+    top = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 0, BLOCK))
+    low = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 64, BLOCK))
+    g_high = top
+    g_low = top
     fence_async_shared()
     barrier()
     if PROJECT:
         mbarrier.wait(full.index(STAGES), 0)
         u_0 = x_bufs.index(2 * STAGES - 2).permute((1, 0))
         u_1 = x_bufs.index(2 * STAGES - 1).permute((1, 0))
-        minus_0 = -warpgroup_mma(u_0, r_0, gl.zeros([RANKS, HALF], gl.float32, mma))
-        minus_1 = -warpgroup_mma(u_1, r_1, gl.zeros([RANKS, HALF], gl.float32, mma))
-        g_0 = gl.allocate_shared_memory(gl.bfloat16, [RANKS, HALF], flat, minus_0.to(gl.bfloat16))
-        g_1 = gl.allocate_shared_memory(gl.bfloat16, [RANKS, HALF], flat, minus_1.to(gl.bfloat16))
+        g = warpgroup_mma(u_0, top, gl.zeros([RANKS, COLUMNS], gl.float32, mma))
+        g = -warpgroup_mma(u_1, low, g)
+        g_high = gl.allocate_shared_memory(gl.bfloat16, [RANKS, COLUMNS], flat, g.to(gl.bfloat16))
         if PARTS == 2:
-            rest_0 = minus_0 - minus_0.to(gl.bfloat16).to(gl.float32)
-            rest_1 = minus_1 - minus_1.to(gl.bfloat16).to(gl.float32)
-            g_0_low = gl.allocate_shared_memory(gl.bfloat16, [RANKS, HALF], flat, rest_0.to(gl.bfloat16))
-            g_1_low = gl.allocate_shared_memory(gl.bfloat16, [RANKS, HALF], flat, rest_1.to(gl.bfloat16))
+            rest = g - g.to(gl.bfloat16).to(gl.float32)
+            g_low = gl.allocate_shared_memory(gl.bfloat16, [RANKS, COLUMNS], flat, rest.to(gl.bfloat16))
         fence_async_shared()
         barrier()
     if tile + (STAGES - 1) * step < tiles:
@@ -306,33 +268,35 @@ def site_quantize_hopper_kernel(
             if tile + slot * step < tiles:
                 copy_in(z_desc, [(tile + slot * step) * BM, 0], full.index(slot), z_bufs.index(slot))
 
+    slot = 0
+    phase = 0
     rows = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, out_layout))
     scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
-    mbarrier.wait(full.index(0), 0, pred=tile < tiles)
-    v_0 = _begin_product(x_bufs, z_bufs, 0, 0, r_0, g_0, g_0_low, zeros, PROJECT, PARTS)
-    v_1 = _begin_product(x_bufs, z_bufs, 0, 1, r_1, g_1, g_1_low, zeros, PROJECT, PARTS)
-    v_0, v_1 = warpgroup_mma_wait(0, deps=(v_0, v_1))
-    _refill(x_desc, x1_desc, z_desc, split, x_bufs, z_bufs, full, 0, tile + STAGES * step, tiles, first, PROJECT)
-    slot = 1 % STAGES
-    phase = 1 // STAGES
-    while tile < tiles:  # the products of the next tile, and its scales, are on their way while the codes are made
-        mbarrier.wait(full.index(slot), phase, pred=tile + step < tiles)
-        next_0 = _begin_product(x_bufs, z_bufs, slot, 0, r_0, g_0, g_0_low, zeros, PROJECT, PARTS)
-        next_1 = _begin_product(x_bufs, z_bufs, slot, 1, r_1, g_1, g_1_low, zeros, PROJECT, PARTS)
-        following = rows + step * BM
-        next_scale = gl.load(scale_ptr + following, mask=following < M, other=0.0)
+    while tile < tiles:  # the scales of a tile are on their way since the tile before it
         inverse = gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
-        if BLOCK == COLUMNS:
-            _store(v_0 + v_1, inverse, codes_ptr, rows, first, M, K, out_layout, MODE)
-            _store(v_0 - v_1, inverse, codes_ptr, rows, first + HALF, M, K, out_layout, MODE)
-        else:
-            _store(v_0, inverse, codes_ptr, rows, first, M, K, out_layout, MODE)
-            _store(v_1, inverse, codes_ptr, rows, first + HALF, M, K, out_layout, MODE)
-        v_0, v_1 = warpgroup_mma_wait(0, deps=(next_0, next_1))
-        tile += step
-        _refill(x_desc, x1_desc, z_desc, split, x_bufs, z_bufs, full, slot, tile + STAGES * step, tiles, first, PROJECT)
+        mbarrier.wait(full.index(slot), phase)
+        total = gl.zeros([BM, COLUMNS], gl.float32, mma)
+        total = warpgroup_mma(x_bufs.index(2 * slot), top, total, use_acc=False, is_async=True)
+        total = warpgroup_mma(x_bufs.index(2 * slot + 1), low, total, is_async=True)
+        if PROJECT:
+            total = warpgroup_mma(z_bufs.index(slot), g_high, total, is_async=True)
+            if PARTS == 2:
+                total = warpgroup_mma(z_bufs.index(slot), g_low, total, is_async=True)
+        total = warpgroup_mma_wait(0, deps=(total,))
+        barrier()
+        ahead = tile + STAGES * step
+        if ahead < tiles:
+            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, ahead, first, bytes)
+            if PROJECT:
+                copy_in(z_desc, [ahead * BM, 0], full.index(slot), z_bufs.index(slot))
+        following = rows + step * BM
+        scale = gl.load(scale_ptr + following, mask=following < M, other=0.0)
+        codes = _codes(_in_order(total, out_layout), inverse, out_layout, MODE)
+        cols = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, out_layout))
+        at = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
+        gl.store(codes_ptr + at, codes, mask=gl.expand_dims(rows < M, 1))
         rows = following
-        scale = next_scale
+        tile += step
         slot += 1
         if slot == STAGES:
             slot = 0

@@ -25,7 +25,7 @@ MANY_ROWS = ROWS * PROJECT_PROGRAMS  # more than these are not divided into part
 MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
-# A single bf16 part of G is within a part in 500 of both halves of z G: far below a step of 4 bits, not of 8.
+# A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
 
