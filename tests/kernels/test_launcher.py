@@ -17,7 +17,7 @@ from triton.knobs import HookChain  # noqa: E402
 
 from dirotq.kernels import hopper, triton_launcher, triton_unpack  # noqa: E402
 
-from .test_offline_compile import TARGETS, compile_for, compile_gluon, descriptor, needs_gluon  # noqa: E402
+from .offline import TARGETS, compile_for, compile_gluon, descriptor, needs_gluon  # noqa: E402
 
 FUNCTION, STREAM, GRID = 4321, 99, (5, 3, 1)
 

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +9,6 @@ import torch
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton does not compile while it interprets", allow_module_level=True)
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from dirotq.kernels import (  # noqa: E402
     triton_add,
@@ -28,27 +23,8 @@ from dirotq.kernels import (  # noqa: E402
     triton_unpack,
     triton_w4a16,
 )
-from dirotq.kernels.triton_common import OPTIONS  # noqa: E402
 
-KIB = 1024
-#: Older Triton spills registers in two kernels, and has not the Gluon and the early launch of Hopper's.
-NEW = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-needs_gluon = pytest.mark.skipif(not NEW, reason="the kernel needs the Gluon of Triton 3.6, and is used from there on")
-# Shared memory that one program can use, and the int8 matrix instruction of the chip.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
-    "sm_86": (GPUTarget("cuda", 86, 32), 99 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
-    "sm_89": (GPUTarget("cuda", 89, 32), 99 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB, r"wgmma\.mma_async\S*s32\.s8\.s8"),
-    # tcgen05 with Triton 3.9; with 3.4 and 3.6 the instruction of sm_80
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB, r"tcgen05\.mma\S*kind::i8|mma\.sync\S*s32\.s8\.s8"),
-    "sm_120": (GPUTarget("cuda", 120, 32), 99 * KIB, r"mma\.sync\S*s32\.s8\.s8"),
-    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * KIB, r"v_wmma_i32\S*iu8"),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB, r"v_mfma_i32\S*i8"),
-}
-FLOAT_MATRIX = (
-    r"mma\.sync\S*f32\.(bf16|f16)|wgmma\.mma_async\S*f32\.(bf16|f16)|tcgen05\.mma\S*kind::f16|v_(wmma|mfma)_f32"
-)
+from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, overlaps  # noqa: E402
 
 SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
@@ -110,38 +86,6 @@ for _mode in ("codebook", "int4", "int8"):
         SITE_KERNELS[f"quantize {_mode}, {_m} tokens"] = (triton_site.site_quantize_kernel, PASS, _values)
 
 
-def overlaps(chip):
-    """Whether kernels start there while the one before them ends."""
-    return chip == "sm_90" and NEW
-
-
-def compile_for(target, kernel, pointers, values):
-    options = {**OPTIONS, **{name: values[name] for name in ("num_warps", "num_stages")}}
-    signature, attributes, constants = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in values:
-            signature[name] = "constexpr"
-            constants[(position,)] = values[name]
-        else:
-            kind = (
-                f"*{pointers[name]}"
-                if name.endswith("_ptr")
-                else "fp32"
-                if name in ("norm", "factor", "eps")
-                else "i32"
-            )
-            signature[name] = kind
-            if name.endswith(("_ptr", "_batch", "_token")) or name in ("K", "r", "stride_x"):  # as a launch finds them
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    try:
-        return triton.compile(source, target=target, options=options)
-    except Exception as error:
-        if "ld.lld" in str(error):  # older Triton does not bring the linker for AMD
-            pytest.skip(str(error))
-        raise
-
-
 # Passes for uncommon sites (fp16, other ranks) and for AMD, which keep a part of their registers in memory: slower than
 # they could be there, not wrong.
 SPILLING = {
@@ -149,25 +93,6 @@ SPILLING = {
     ("gfx1100", "quantize int4, one token"): "int4",
     **{("gfx942", name): "a tile of 8 waves" for name in ("rotate", "quantize codebook", "quantize int4")},
 }
-
-
-def spilled(compiled, target, folder):
-    """Bytes (NVIDIA) or registers (AMD) that the compiled kernel keeps in memory for want of registers."""
-    if target.backend == "hip":
-        counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-        assert counts
-        return sum(map(int, counts))
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    listing = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
-    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", listing)
-    return int(stack)
-
-
-def check(compiled, target, shared_memory, folder, most_spilled=0):
-    assert compiled.metadata.shared <= shared_memory
-    assert spilled(compiled, target, folder) <= most_spilled or not NEW
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -195,7 +120,7 @@ def test_site_kernels_compile(chip, name, tmp_path):
     check(compiled, target, shared_memory, tmp_path)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("chip", TARGETS)
 def test_few_tokens_compiles(chip, tokens, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
@@ -239,15 +164,17 @@ def test_nvfp4_compiles_to_the_block_scaled_instruction(chip, instruction, token
     check(compiled, target, shared_memory, tmp_path)
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx1100", "gfx942"])
+SLOW_TO_SPILL = pytest.mark.xfail(
+    run=False, reason="spills: two decodes of fp32 a tile; LLVM takes a quarter of a minute"
+)
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", pytest.param("gfx1100", marks=SLOW_TO_SPILL), "gfx942"])
 def test_nvfp4_compiles_elsewhere(chip, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
     values = {**LINEAR, "NATIVE": False, **triton_fp4.blocks(4608, False)}
     compiled = compile_for(target, triton_fp4.linear_nvfp4_kernel, NVFP4, values)
     assert re.search(FLOAT_MATRIX, compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"])
-    if chip == "gfx1100":
-        assert compiled.metadata.shared <= shared_memory
-        pytest.xfail("spills: two decodes of fp32 a tile")
     check(compiled, target, shared_memory, tmp_path)
 
 
@@ -294,9 +221,13 @@ def test_qk_norm_rope_compiles(chip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("d", "dtype"), [(1152, "bf16"), (3072, "bf16"), (3072, "fp16"), (3072, "fp32"), (5120, "bf16"), (16384, "bf16")]
+    ("chip", "d", "dtype"),
+    [
+        *((chip, 3072, "bf16") for chip in TARGETS),
+        *((chip, d, "bf16") for chip in ("sm_86", "sm_90", "gfx1100") for d in (1152, 5120, 16384)),
+        *(("sm_90", 3072, dtype) for dtype in ("fp16", "fp32")),
+    ],
 )
-@pytest.mark.parametrize("chip", TARGETS)
 def test_norm_modulate_compiles(chip, d, dtype, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
     kernel = triton_norm.norm_modulate_kernel
@@ -306,160 +237,3 @@ def test_norm_modulate_compiles(chip, d, dtype, tmp_path):
     if target.backend == "cuda":  # every access of 16 bytes: rows of the parts, scale, shift; what is written
         accesses = re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"])
         assert accesses and all(".v4.b32" in access for access in accesses)
-
-
-def compile_gluon(kernel, types, values, folder, most_spilled=0, warps=4):
-    """Compiled for Hopper; `types` of arguments that are no 32-bit integers, `values` of the constants."""
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
-    constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    pointers = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
-    source = GluonASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
-    target, shared_memory, _ = TARGETS["sm_90"]
-    compiled = triton.compile(source, target=target, options={**OPTIONS, "num_warps": warps})
-    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
-    check(compiled, target, shared_memory, folder, most_spilled)
-    return compiled
-
-
-def descriptor(kind, *shape):
-    from triton.experimental.gluon import language as gl
-
-    dtype = {"i8": gl.int8, "i16": gl.int16, "bf16": gl.bfloat16}[kind]
-    return f"tensordesc<{kind}{list(shape)},{gl.NVMMASharedLayout.get_default_for(list(shape), dtype)!r}>"
-
-
-ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD": True, "GATED": True}}
-
-
-@needs_gluon
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("columns", [128, 256])
-def test_hopper_product_compiles(columns, end, tmp_path):
-    from triton.experimental.gluon import language as gl
-
-    from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
-
-    tile = {"BN": columns, "STAGES": 4 if columns == 256 else 5, "PARTS": columns // 128}
-    types = {
-        "a_desc": descriptor("i8", 64, 128),
-        "w_desc": descriptor("i8", columns, 128),
-        "z_desc": descriptor("bf16", 64, 64),
-        "l_desc": descriptor("bf16", columns, 64),
-        "out_desc": descriptor("bf16", 64, 128),
-        "scale_ptr": "*fp32",
-        "weight_scale_ptr": "*fp32",
-        "residual_desc": descriptor("bf16", 64, 128),
-        **dict.fromkeys(("bias_ptr", "gate_ptr"), "*bf16"),
-    }
-    values = {"TOTAL": gl.int32, "HAS_BIAS": True, "GELU": 0, "ADD": False, "GATED": False, **ENDS[end], **tile}
-    most_spilled = 8 if columns == 256 and end == "gated" else 0  # once a tile
-    ptx = compile_gluon(kernel, types, values, tmp_path, most_spilled).asm["ptx"]
-    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx and ("ex2.approx" in ptx) == (end == "gelu")
-
-
-@needs_gluon
-@pytest.mark.parametrize("rows", [64, 128, 256])
-@pytest.mark.parametrize(
-    ("name", "end", "shared"),
-    [
-        ("linear_a8_packed_kernel", "plain", False),
-        ("linear_a8_packed_kernel", "gelu", False),
-        ("linear_a8_packed_kernel", "gated", False),
-        ("linear_a8_packed_kernel", "gated", True),
-        ("siblings_packed_kernel", "plain", False),
-        ("siblings_packed_kernel", "gelu", True),
-    ],
-)
-def test_hopper_packed_product_compiles(name, end, rows, shared, tmp_path):
-    from dirotq.kernels import gluon_packed, hopper_packed
-
-    tile = hopper_packed.block(rows, shared, torch.bfloat16)
-    kernel = getattr(gluon_packed, name)
-    types = {
-        "a_desc": descriptor("i8", rows, 128),
-        "z_desc": descriptor("bf16", rows, 32),
-        "out_desc": descriptor("bf16", rows // tile["PARTS"], 64),
-        "space_ptr": "*i32",
-    }
-    for argument in kernel.arg_names:
-        if argument.startswith("w") and argument.endswith("_desc"):
-            types[argument] = descriptor("i16", 128, 32)
-        elif argument.startswith("l") and argument.endswith("_desc"):
-            types[argument] = descriptor("bf16", 128, 32)
-        elif "scale" in argument:
-            types[argument] = "*fp32"
-        elif argument.startswith(("bias", "gate_ptr")):
-            types[argument] = "*bf16"
-    values = {"HAS_BIAS": True, "GELU": 0, **ENDS[end], **tile}
-    if name.startswith("siblings"):
-        values["GELU"] *= 8
-    else:
-        values = {"ADD": False, "GATED": False, **values}
-        types["residual_desc"] = descriptor("bf16", rows, 64)
-    ptx = compile_gluon(kernel, types, values, tmp_path).asm["ptx"]
-    assert re.search(TARGETS["sm_90"][2], ptx) and "prmt.b32" in ptx and "setmaxnreg" in ptx
-    assert ("ex2.approx" in ptx) == (end == "gelu")
-    assert ("ld.acquire.gpu" in ptx) == shared
-
-
-SITE_TYPES = {
-    **dict.fromkeys(("x_desc", "x1_desc", "z_desc", "basis_desc"), ("bf16", 64, 64)),
-    **{"signs_ptr": "*i8", "codes_ptr": "*i8", "z_ptr": "*bf16", "norm": "fp32", "factor": "fp32"},
-    **dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32"),
-}
-
-
-def site_types():
-    return {name: kind if isinstance(kind, str) else descriptor(*kind) for name, kind in SITE_TYPES.items()}
-
-
-ONE_OR_TWO_PARTS = pytest.mark.parametrize("x", [{"x1_desc": None}, {}], ids=["one part", "two parts"])
-
-
-@needs_gluon
-@pytest.mark.parametrize(
-    ("mode", "block", "project", "x"),
-    [
-        *((mode, 128, True, x) for mode in ("codebook", "int4", "int8") for x in ({"x1_desc": None}, {})),
-        ("int4", 64, False, {}),
-        ("int8", 32, True, {}),
-    ],
-)
-def test_hopper_quantize_compiles(mode, block, project, x, tmp_path):
-    from dirotq.kernels import gluon_site, hopper_site
-
-    values = {
-        "PROJECT": project,
-        "BLOCK": block,
-        **x,
-        "MODE": mode,
-        "PARTS": hopper_site.PARTS[mode],
-        "STAGES": hopper_site.STAGES,
-    }
-    compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, site_types(), values, tmp_path)
-    assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
-    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
-
-
-@needs_gluon
-@pytest.mark.parametrize(
-    ("m", "alone", "project"), [(4608, False, True), (8192, True, True), (8192, True, False), (16384, True, True)]
-)
-@ONE_OR_TWO_PARTS
-def test_hopper_project_compiles(x, m, alone, project, tmp_path):
-    from dirotq.kernels import gluon_site, hopper_site
-
-    tile = hopper_site.project_tile(m)
-    rows = tile["ROWS"]
-    assert (hopper_site.project_chunks(-(-m // rows), 24) == 1) == alone
-    types = {**site_types(), **dict.fromkeys(("x_desc", "x1_desc"), descriptor("bf16", rows, 64))}
-    values = {"PROJECT": project, "ALONE": alone, **x, **tile}
-    compiled = compile_gluon(gluon_site.site_project_hopper_kernel, types, values, tmp_path, warps=rows // 16)
-    assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
-    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
-    # The second pass, which may start from here on, reads x before it waits: x must be complete by now.
-    ptx = compiled.asm["ptx"]
-    assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
-    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")

@@ -277,11 +277,17 @@ def test_linear_a16(m, k, n, device, grouped, dtype):
         cases.assert_close(kernels.linear_a16(*arguments), by_reference(kernels.linear_a16, *arguments))
 
 
-@pytest.mark.parametrize("what", ["usual", "one large", "tiny", "zero", "nan", "inf", "fp16", "another table"])
+ONE_TOKEN = ("usual", "one large", "another table", "tiny", "zero", "nan", "inf", "fp16")
+
+
 @pytest.mark.parametrize(
-    ("k", "n", "device"), on([(64, 3), (1088, 45)], [(64, 3), (1088, 41), (3072, 18432), (4096, 77), (4160, 33)])
+    ("what", "k", "n", "device"),
+    on(
+        [*((what, 64, 3) for what in ONE_TOKEN), *((what, 1088, 45) for what in ONE_TOKEN[:3])],
+        [(what, k, n) for what in ONE_TOKEN for k, n in ((64, 3), (1088, 41), (3072, 18432), (4096, 77), (4160, 33))],
+    ),
 )
-def test_one_token_against_float64(k, n, device, what):
+def test_one_token_against_float64(what, k, n, device):
     """x in bf16 keeps 16 bits beside the largest of 32 neighbours."""
     dtype = torch.float16 if what == "fp16" else torch.bfloat16
     table = tuple(range(-7, 9)) if what == "another table" else kernels.CODEBOOK16

@@ -1,0 +1,147 @@
+"""Hopper's Gluon kernels compiled without the GPU."""
+
+import os
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton does not compile while it interprets", allow_module_level=True)
+
+from .offline import KIB, TARGETS, compile_gluon, descriptor, needs_gluon  # noqa: E402
+
+ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD": True, "GATED": True}}
+
+
+@needs_gluon
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("columns", [128, 256])
+def test_hopper_product_compiles(columns, end, tmp_path):
+    from triton.experimental.gluon import language as gl
+
+    from dirotq.kernels.gluon_hopper import linear_a8_hopper_kernel as kernel
+
+    tile = {"BN": columns, "STAGES": 4 if columns == 256 else 5, "PARTS": columns // 128}
+    types = {
+        "a_desc": descriptor("i8", 64, 128),
+        "w_desc": descriptor("i8", columns, 128),
+        "z_desc": descriptor("bf16", 64, 64),
+        "l_desc": descriptor("bf16", columns, 64),
+        "out_desc": descriptor("bf16", 64, 128),
+        "scale_ptr": "*fp32",
+        "weight_scale_ptr": "*fp32",
+        "residual_desc": descriptor("bf16", 64, 128),
+        **dict.fromkeys(("bias_ptr", "gate_ptr"), "*bf16"),
+    }
+    values = {"TOTAL": gl.int32, "HAS_BIAS": True, "GELU": 0, "ADD": False, "GATED": False, **ENDS[end], **tile}
+    most_spilled = 8 if columns == 256 and end == "gated" else 0  # once a tile
+    ptx = compile_gluon(kernel, types, values, tmp_path, most_spilled).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "setmaxnreg" in ptx and ("ex2.approx" in ptx) == (end == "gelu")
+
+
+@needs_gluon
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("name", "end", "shared"),
+    [
+        ("linear_a8_packed_kernel", "plain", False),
+        ("linear_a8_packed_kernel", "gelu", False),
+        ("linear_a8_packed_kernel", "gated", False),
+        ("linear_a8_packed_kernel", "gated", True),
+        ("siblings_packed_kernel", "plain", False),
+        ("siblings_packed_kernel", "gelu", True),
+    ],
+)
+def test_hopper_packed_product_compiles(name, end, rows, shared, tmp_path):
+    from dirotq.kernels import gluon_packed, hopper_packed
+
+    tile = hopper_packed.block(rows, shared, torch.bfloat16)
+    kernel = getattr(gluon_packed, name)
+    types = {
+        "a_desc": descriptor("i8", rows, 128),
+        "z_desc": descriptor("bf16", rows, 32),
+        "out_desc": descriptor("bf16", rows // tile["PARTS"], 64),
+        "space_ptr": "*i32",
+    }
+    for argument in kernel.arg_names:
+        if argument.startswith("w") and argument.endswith("_desc"):
+            types[argument] = descriptor("i16", 128, 32)
+        elif argument.startswith("l") and argument.endswith("_desc"):
+            types[argument] = descriptor("bf16", 128, 32)
+        elif "scale" in argument:
+            types[argument] = "*fp32"
+        elif argument.startswith(("bias", "gate_ptr")):
+            types[argument] = "*bf16"
+    values = {"HAS_BIAS": True, "GELU": 0, **ENDS[end], **tile}
+    if name.startswith("siblings"):
+        values["GELU"] *= 8
+    else:
+        values = {"ADD": False, "GATED": False, **values}
+        types["residual_desc"] = descriptor("bf16", rows, 64)
+    ptx = compile_gluon(kernel, types, values, tmp_path).asm["ptx"]
+    assert re.search(TARGETS["sm_90"][2], ptx) and "prmt.b32" in ptx and "setmaxnreg" in ptx
+    assert ("ex2.approx" in ptx) == (end == "gelu")
+    assert ("ld.acquire.gpu" in ptx) == shared
+
+
+SITE_TYPES = {
+    **dict.fromkeys(("x_desc", "x1_desc", "z_desc", "basis_desc"), ("bf16", 64, 64)),
+    **{"signs_ptr": "*i8", "codes_ptr": "*i8", "z_ptr": "*bf16", "norm": "fp32", "factor": "fp32"},
+    **dict.fromkeys(("scale_ptr", "partial_ptr", "squares_ptr"), "*fp32"),
+}
+
+
+def site_types():
+    return {name: kind if isinstance(kind, str) else descriptor(*kind) for name, kind in SITE_TYPES.items()}
+
+
+ONE_OR_TWO_PARTS = pytest.mark.parametrize("x", [{"x1_desc": None}, {}], ids=["one part", "two parts"])
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("mode", "block", "project", "x"),
+    [
+        *((mode, 128, True, x) for mode in ("codebook", "int4", "int8") for x in ({"x1_desc": None}, {})),
+        ("int4", 64, False, {}),
+        ("int8", 32, True, {}),
+    ],
+)
+def test_hopper_quantize_compiles(mode, block, project, x, tmp_path):
+    from dirotq.kernels import gluon_site, hopper_site
+
+    values = {
+        "PROJECT": project,
+        "BLOCK": block,
+        **x,
+        "MODE": mode,
+        "PARTS": hopper_site.PARTS[mode],
+        "STAGES": hopper_site.STAGES,
+    }
+    compiled = compile_gluon(gluon_site.site_quantize_hopper_kernel, site_types(), values, tmp_path)
+    assert hopper_site.RESIDENT * (compiled.metadata.shared + KIB) <= 228 * KIB
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("m", "alone", "project"), [(4608, False, True), (8192, True, True), (8192, True, False), (16384, True, True)]
+)
+@ONE_OR_TWO_PARTS
+def test_hopper_project_compiles(x, m, alone, project, tmp_path):
+    from dirotq.kernels import gluon_site, hopper_site
+
+    tile = hopper_site.project_tile(m)
+    rows = tile["ROWS"]
+    assert (hopper_site.project_chunks(-(-m // rows), 24) == 1) == alone
+    types = {**site_types(), **dict.fromkeys(("x_desc", "x1_desc"), descriptor("bf16", rows, 64))}
+    values = {"PROJECT": project, "ALONE": alone, **x, **tile}
+    compiled = compile_gluon(gluon_site.site_project_hopper_kernel, types, values, tmp_path, warps=rows // 16)
+    assert 2 * (compiled.metadata.shared + KIB) <= 228 * KIB
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])
+    # The second pass, which may start from here on, reads x before it waits: x must be complete by now.
+    ptx = compiled.asm["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")
