@@ -63,6 +63,19 @@ def decode(codes, t0, t1, t2, t3):
 
 
 @triton.jit
+def by_code(x):
+    """x [..., 2, 2, 2] as eight [...]: of eight neighbours that meet the codes of a word, the first, and so on."""
+    even, odd = tl.split(x)
+    even_0, even_1 = tl.split(even)
+    odd_0, odd_1 = tl.split(odd)
+    x0, x4 = tl.split(even_0)
+    x2, x6 = tl.split(even_1)
+    x1, x5 = tl.split(odd_0)
+    x3, x7 = tl.split(odd_1)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
 def begin(OVERLAP: tl.constexpr):
     """What a kernel of `launch.early` calls first: the next one may start, and the one before is over from here on."""
     if OVERLAP:
@@ -98,6 +111,31 @@ def low_rank_tile(z_ptr, low_rank_ptr, rows, cols, M, N, r, BM: tl.constexpr, BN
         )
         total = dot(low_rank, z, total)
     return total
+
+
+@triton.jit
+def add_rest(
+    total, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out of one token: total [BN, …, …], summed over a row's words, plus the low-rank branch and the bias."""
+    y = tl.sum(tl.sum(total, 2), 1)
+    inside = (cols < N) & (token + tl.zeros_like(cols) < M)
+    if HAS_LOW_RANK:
+        branch = tl.zeros((BN, BR), tl.float32)
+        for start in range(0, r, BR):
+            ranks = start + tl.arange(0, BR)
+            z = tl.load(z_ptr + tl.minimum(token, M - 1).to(tl.int64) * r + ranks, mask=ranks < r, other=0.0)
+            low_rank = tl.load(
+                low_rank_ptr + cols[:, None].to(tl.int64) * r + ranks[None, :],
+                mask=(cols[:, None] < N) & (ranks[None, :] < r),
+                other=0.0,
+            )
+            branch = tl.fma(low_rank.to(tl.float32), tl.broadcast_to(z.to(tl.float32)[None, :], (BN, BR)), branch)
+        y += tl.sum(branch, 1)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token.to(tl.int64) * N + cols, narrow(y, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, early, launch, multiprocessors
-from .triton_common import INTERPRETED, begin, decode, expansion, narrow, table_words
+from .triton_common import INTERPRETED, add_rest, begin, by_code, decode, expansion, table_words
 
 CHUNK = tl.constexpr(1024)  # columns of a warp at a time: 32 of each thread, 16 bytes of codes
 MOST_CHUNKS = 4  # whose x the registers hold
@@ -110,13 +110,7 @@ def _x_of(x_ptr, start, K, ASM: tl.constexpr):
     word, and the power of two [1, 32, 1] they are multiples of."""
     k = start + tl.arange(0, CHUNK)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (1, 32, 4, 2, 2, 2)))
-    even_0, even_1 = tl.split(even)
-    odd_0, odd_1 = tl.split(odd)
-    x0, x4 = tl.split(even_0)
-    x2, x6 = tl.split(even_1)
-    x1, x5 = tl.split(odd_0)
-    x3, x7 = tl.split(odd_1)
+    x0, x1, x2, x3, x4, x5, x6, x7 = by_code(tl.reshape(x, (1, 32, 4, 2, 2, 2)))
     # As integers, of which that of NaN is the largest.
     most = tl.maximum(tl.maximum(_size(x0), _size(x1)), tl.maximum(_size(x2), _size(x3)))
     most = tl.maximum(most, tl.maximum(tl.maximum(_size(x4), _size(x5)), tl.maximum(_size(x6), _size(x7))))
@@ -160,6 +154,7 @@ def one_token_kernel(
     begin(OVERLAP)
     word = tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     scale_step = tl.where(groups == 1, 0, 1)  # with one scale per row every group reads the same
+    token = tl.program_id(1)  # 0
     first = tl.program_id(0) * rows
     last = tl.minimum(first + rows, N)
     cols = first + tl.arange(0, BN)
@@ -178,19 +173,7 @@ def one_token_kernel(
             part = _product(packed, upper_0, lower_0, upper_1, lower_1, t0, t1, t2, t3, ASM).to(tl.float32)
             total = tl.fma(part * unit, tl.broadcast_to(scales[chunk].to(tl.float32), (BN, 32, 4)), total)
         scales = following
-        y = tl.sum(tl.sum(total, 2), 1)
-        if HAS_LOW_RANK:
-            branch = tl.zeros((BN, BR), tl.float32)
-            for rank in range(0, r, BR):
-                ranks = rank + tl.arange(0, BR)
-                z = tl.load(z_ptr + ranks, mask=ranks < r, other=0.0).to(tl.float32)
-                low_rank_at = low_rank_ptr + cols[:, None].to(tl.int64) * r + ranks[None, :]
-                low_rank = tl.load(low_rank_at, mask=inside[:, None] & (ranks[None, :] < r), other=0.0)
-                branch = tl.fma(low_rank.to(tl.float32), tl.broadcast_to(z[None, :], (BN, BR)), branch)
-            y += tl.sum(branch, 1)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + cols, narrow(y, out_ptr.dtype.element_ty), mask=inside)
+        add_rest(total, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, 1, last, r, HAS_LOW_RANK, HAS_BIAS, BN, BR)
 
 
 def takes(x: Tensor, table: Sequence[int]) -> bool:
@@ -205,23 +188,20 @@ def takes(x: Tensor, table: Sequence[int]) -> bool:
 
 
 def linear_a16(
-    x: Tensor, z: Tensor | None, weight: Tensor, weight_scale: Tensor, low_rank: Tensor | None, bias: Tensor | None,
-    table: Sequence[int], out: Tensor,
+    x: Tensor, z: Tensor, weight: Tensor, weight_scale: Tensor, low_rank: Tensor, bias: Tensor, out: Tensor,
+    rank: int, table: Sequence[int], has: dict[str, bool],
 ) -> None:  # fmt: skip
-    """`linear_a16` into `out` [1, N], for what this module `takes`; every tensor is contiguous."""
+    """`linear_a16` into `out` [1, N], for what this module `takes`; every tensor is contiguous, and any stands in for
+    one that is absent."""
     k = x.shape[1]
     n, groups = weight_scale.shape
-    rank = 0 if z is None or low_rank is None else z.shape[1]
     rows = cdiv(cdiv(n, PROGRAMS * multiprocessors(x.device)), BLOCKS["BN"]) * BLOCKS["BN"]
     asm = not INTERPRETED.value
     words = expansion(tuple(table)) if asm else table_words(table)
     assert words is not None, f"the table {table} has no such words; `takes` says so"
-    any_tensor = weight_scale  # in place of absent ones, which are never read
     launch(
         one_token_kernel, (cdiv(n, rows),),
-        x, any_tensor if z is None else z, weight.view(torch.int32), weight_scale,
-        any_tensor if low_rank is None else low_rank, any_tensor if bias is None else bias, out,
+        x, z, weight.view(torch.int32), weight_scale, low_rank, bias, out,
         n, k, k // 8, rank, groups, rows, *words,
-        HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, ASM=asm, CHUNKS=cdiv(k, CHUNK.value),
-        **BLOCKS, **early(x.device),
+        ASM=asm, CHUNKS=cdiv(k, CHUNK.value), **has, **BLOCKS, **early(x.device),
     )  # fmt: skip

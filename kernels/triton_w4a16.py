@@ -15,7 +15,18 @@ from torch import Tensor
 
 from . import triton_one_token
 from .launch import cdiv, early, launch, on_device_of
-from .triton_common import INTERPRETED, begin, decode, dot, low_rank_tile, narrow, table_words, tile_of
+from .triton_common import (
+    INTERPRETED,
+    add_rest,
+    begin,
+    by_code,
+    decode,
+    dot,
+    low_rank_tile,
+    narrow,
+    table_words,
+    tile_of,
+)  # fmt: skip
 
 FEW_TOKENS = 4
 
@@ -81,14 +92,7 @@ def _x_of(x_ptr, token, M, stride_x, start, K, GROUPS: tl.constexpr):
     k = start + tl.arange(0, 64 * GROUPS)
     at = x_ptr + tl.minimum(token, M - 1).to(tl.int64) * stride_x  # a token past the end is computed and not stored
     x = tl.load(at + k, mask=k < K, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (1, GROUPS, 8, 2, 2, 2)))
-    even_0, even_1 = tl.split(even)
-    odd_0, odd_1 = tl.split(odd)
-    x0, x4 = tl.split(even_0)
-    x2, x6 = tl.split(even_1)
-    x1, x5 = tl.split(odd_0)
-    x3, x7 = tl.split(odd_1)
-    return x0, x1, x2, x3, x4, x5, x6, x7
+    return by_code(tl.reshape(x, (1, GROUPS, 8, 2, 2, 2)))
 
 
 @triton.jit
@@ -99,31 +103,6 @@ def _sum_of_groups(w, x, scale):
         # The product is exact for 16-bit x, so that nothing is lost or gained by rounding it apart.
         part = tl.fma(w[i], tl.broadcast_to(x[i], w[i].shape), part)
     return part * scale
-
-
-@triton.jit
-def _add_rest(
-    total, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r,
-    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """out of one token: the sum over a row's words, the low-rank branch and the bias."""
-    y = tl.sum(tl.sum(total, 2), 1)
-    inside = (cols < N) & (token + tl.zeros_like(cols) < M)
-    if HAS_LOW_RANK:
-        branch = tl.zeros((BN, BR), tl.float32)
-        for start in range(0, r, BR):
-            ranks = start + tl.arange(0, BR)
-            z = tl.load(z_ptr + tl.minimum(token, M - 1).to(tl.int64) * r + ranks, mask=ranks < r, other=0.0)
-            low_rank = tl.load(
-                low_rank_ptr + cols[:, None].to(tl.int64) * r + ranks[None, :],
-                mask=(cols[:, None] < N) & (ranks[None, :] < r),
-                other=0.0,
-            )
-            branch = tl.fma(low_rank.to(tl.float32), tl.broadcast_to(z.to(tl.float32)[None, :], (BN, BR)), branch)
-        y += tl.sum(branch, 1)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * N + cols, narrow(y, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
@@ -163,16 +142,16 @@ def few_tokens_kernel(
         if BM > 2:
             total_2 += _sum_of_groups(w, _x_of(x_ptr, token + 2, M, stride_x, start, K, GROUPS), scale)
             total_3 += _sum_of_groups(w, _x_of(x_ptr, token + 3, M, stride_x, start, K, GROUPS), scale)
-    _add_rest(total_0, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR)
+    add_rest(total_0, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR)
     if BM > 1:
-        _add_rest(
+        add_rest(
             total_1, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 1, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
         )
     if BM > 2:
-        _add_rest(
+        add_rest(
             total_2, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 2, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
         )
-        _add_rest(
+        add_rest(
             total_3, z_ptr, low_rank_ptr, bias_ptr, out_ptr, token + 3, cols, M, N, r, HAS_LOW_RANK, HAS_BIAS, BN, BR
         )
 
@@ -254,9 +233,8 @@ def linear_a16(
     with on_device_of(x):
         if triton_one_token.takes(x, table):
             triton_one_token.linear_a16(
-                x, None if z is None else z_or_any, weight, weight_scale,
-                None if low_rank is None else low_rank_or_any, None if bias is None else bias_or_any, table, out,
-            )  # fmt: skip
+                x, z_or_any, weight, weight_scale, low_rank_or_any, bias_or_any, out, rank, table, has
+            )
         elif m <= FEW_TOKENS:
             tile = few_tokens_blocks(m)
             asm = not INTERPRETED.value and torch.version.hip is None
