@@ -12,7 +12,7 @@ from diffusers.models import attention
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
-from ..kernels import norm_modulate
+from ..kernels import attend, modulation_rows, norm_modulate
 from .fusible import fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
 from .linear import Added
 
@@ -38,14 +38,19 @@ class DiRotQAttnProcessor(AttnProcessor2_0):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, length, _ = context.shape
-        if attention_mask is not None:
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)
+        if attention_mask is None:
+            out = attend(query, key, value)
+        elif attention_mask.shape == (batch, 1, length) and attention_mask.dtype == query.dtype:
+            out = attend(query, key, value, attention_mask[:, 0])
+        else:
             attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        return attn.to_out[0](out, add=add)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+            out = out.transpose(1, 2)
+        return attn.to_out[0](out.flatten(2).to(query.dtype), add=add)
 
 
 def simple(attn: Attention, residual: torch.Tensor) -> bool:
@@ -82,7 +87,8 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
                 self, x, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
-        rows = self.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
+        x = x.contiguous()  # the embedding of patches leaves columns apart, which two ops would copy
+        rows = modulation_rows(self.scale_shift_table, timestep.reshape(len(x), -1))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.unbind(1)
         x = self.attn1(norm_modulate([x], scale, shift, self.norm1.eps), attention_mask=attention_mask, add=([x], gate))
         if self.attn2 is not None:

@@ -3,7 +3,7 @@
 Importing this imports no Triton; a Triton kernel is imported when it first runs (see `backend`).
 """
 
-from .attention import qk_norm_rope
+from .attention import attend, qk_norm_rope
 from .fp4 import FP4_BLOCK, NAN_BITS, decode_e2m1, decode_e4m3, dequantize_nvfp4, nvfp4_scale, quantize_nvfp4
 from .gptq import round_columns
 from .hadamard import block_hadamard, hadamard_matrix
@@ -19,7 +19,7 @@ from .lattice import (
     unpack_int4,
 )
 from .narrow import TRITS, pack_bits, pack_trits, unpack_bits, unpack_trits, widen, widen_trits
-from .norm import norm_modulate
+from .norm import modulation_rows, norm_modulate
 from .ops import (
     API_VERSION,
     dequantize,
@@ -46,6 +46,7 @@ __all__ = [
     "MIDPOINTS",
     "NAN_BITS",
     "TRITS",
+    "attend",
     "block_hadamard",
     "decode",
     "decode_e2m1",
@@ -60,6 +61,7 @@ __all__ = [
     "linear_a8_siblings",
     "linear_a16",
     "linear_nvfp4",
+    "modulation_rows",
     "norm_modulate",
     "nvfp4_scale",
     "pack_bits",

@@ -29,6 +29,7 @@ _TRITON_MODULE = {
     "linear_nvfp4": "triton_fp4",
     "round_columns": "triton_gptq",
     "qk_norm_rope": "triton_attention",
+    "attend": "triton_attention",
     "norm_modulate": "triton_norm",
 }
 _LARGEST_TRITON_BLOCK = 128

@@ -316,6 +316,31 @@ def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype
     _device("weight", weight, weight_scale=weight_scale)
 
 
+def modulation_rows(table: Tensor, timestep: Tensor) -> None:
+    _shape("table", table, "R", "D")
+    _dtype("table", table, *FLOATS)
+    _shape("timestep", timestep, "B", table.numel())
+    _dtype("timestep", timestep, table.dtype)
+    _device("table", table, timestep=timestep)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    _shape("query", query, "B", "S", "H", "D")
+    _dtype("query", query, *FLOATS)
+    batch, _, heads, d = query.shape
+    _shape("key", key, batch, "T", heads, d)
+    _shape("value", value, batch, key.shape[1], heads, d)
+    if not key.shape[1] or not d:
+        raise ValueError(f"key has shape {list(key.shape)}; a key and a column at least are needed")
+    if bias is not None:
+        _shape("bias", bias, batch, key.shape[1])
+    for name, other in (("key", key), ("value", value), ("bias", bias)):
+        if other is None:
+            continue
+        _dtype(name, other, query.dtype)
+        _device("query", query, **{name: other})
+
+
 def qk_norm_rope(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],

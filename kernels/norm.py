@@ -1,4 +1,4 @@
-"""The op between a transformer block's modulation and its projections."""
+"""The ops between the modulation of a transformer block and its projections."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks
 from .backend import implementation
 
+ROWS_SCHEMA = "(Tensor table, Tensor timestep) -> Tensor"
 SCHEMA = "(Tensor[] parts, Tensor scale, Tensor shift, float eps) -> Tensor"
 
 
@@ -22,6 +23,26 @@ def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: fl
     Raises ValueError naming the argument and the rule it breaks.
     """
     return torch.ops.dirotq.norm_modulate.default(list(parts), scale, shift, eps)
+
+
+def modulation_rows(table: Tensor, timestep: Tensor) -> Tensor:
+    """table [R, D] + timestep [B, R D], as [B, R, D]: the rows that modulate a block of PixArt.
+
+    An op of its own so that PyTorch's compiler computes them at once. It would otherwise compute each row that an op is
+    called with in a kernel of its own, six for a block. Not differentiable.
+    Raises ValueError naming the argument and the rule it breaks.
+    """
+    return torch.ops.dirotq.modulation_rows.default(table, timestep)
+
+
+def run_rows(table, timestep):
+    checks.modulation_rows(table, timestep)
+    return table + timestep.unflatten(1, table.shape)
+
+
+def fake_rows(table, timestep):
+    checks.modulation_rows(table, timestep)
+    return table.new_empty((timestep.shape[0], *table.shape))
 
 
 def run(parts, scale, shift, eps):

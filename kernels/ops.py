@@ -24,7 +24,7 @@ from . import attention, checks, gradients, norm
 from .backend import implementation
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 6
+API_VERSION = 7
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -46,8 +46,10 @@ SCHEMAS = {
     "linear_nvfp4": "(Tensor codes, Tensor block_scale, Tensor scale, Tensor? z, Tensor weight,"
     " Tensor weight_block_scale, Tensor weight_scale, Tensor? low_rank, Tensor? bias, ScalarType out_dtype) -> Tensor",
     "dequantize": "(Tensor weight, Tensor weight_scale, int[] table, ScalarType dtype) -> Tensor",
-    "qk_norm_rope": attention.SCHEMA,
+    "qk_norm_rope": attention.ROPE_SCHEMA,
+    "attend": attention.SCHEMA,
     "norm_modulate": norm.SCHEMA,
+    "modulation_rows": norm.ROWS_SCHEMA,
 }
 
 
@@ -379,8 +381,10 @@ _OPS: dict[str, tuple[Any, Any, Any]] = {
     "linear_nvfp4": (_linear_nvfp4, _fake_linear_nvfp4, None),
     "linear": (_linear, _fake_linear, (gradients.setup_linear, gradients.backward_linear)),
     "dequantize": (_dequantize, _fake_dequantize, None),
-    "qk_norm_rope": (attention.run, attention.fake, None),
+    "qk_norm_rope": (attention.run_rope, attention.fake_rope, None),
+    "attend": (attention.run_attend, attention.fake_attend, None),
     "norm_modulate": (norm.run, norm.fake, None),
+    "modulation_rows": (norm.run_rows, norm.fake_rows, None),
 }
 
 

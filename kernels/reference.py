@@ -285,6 +285,15 @@ def _norm_rope(parts: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor, 
     return (x.float() * cos[:, None] + turned.float() * sin[:, None]).to(x.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own, [B, S, H, D] each."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if bias is not None:
+        bias = bias[:, None, None]
+    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return y.transpose(1, 2).contiguous()
+
+
 def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Parts side by side, layer norm over their columns in fp32, times 1 + scale, plus shift."""
     x = torch.cat(list(parts), 1).float()

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, early, launch, on_device_of
+from . import reference
+from .launch import cdiv, early, is_hopper, launch, on_device_of
 from .triton_common import begin, narrow
 
 
@@ -89,3 +90,12 @@ def _rows(x: Tensor) -> Tensor:
     """x [B, S, H, D] with the heads of a token next to one another, at any distance from those of the next."""
     d = x.shape[3]
     return x if x.stride(3) == 1 and x.stride(2) == d else x.contiguous()
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    if query.numel() and is_hopper(query.device):
+        from . import hopper_attention  # Gluon's tools for Hopper are not in older Triton
+
+        if hopper_attention.takes(query):
+            return hopper_attention.attend(query, key, value, bias)
+    return reference.attend(query, key, value, bias)

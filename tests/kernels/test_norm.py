@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dirotq import kernels
-from dirotq.kernels import norm_modulate
+from dirotq.kernels import modulation_rows, norm_modulate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # relative, of the one rounding
@@ -228,3 +228,28 @@ def test_a_chain_in_a_graph(tokens):
             apart = chain()
         for found in captured:
             assert all(torch.equal(a, b) for a, b in zip(found, apart, strict=True))
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(("batch", "rows", "d"), [(2, 6, 1152), (1, 1, 1), (3, 5, 7)])
+def test_modulation_rows(batch, rows, d, dtype):
+    make = torch.Generator().manual_seed(0)
+    table = torch.randn(rows, d, generator=make).to(dtype)
+    timestep = torch.randn(batch, 2, rows * d, generator=make).to(dtype)[:, 1]
+    got = modulation_rows(table, timestep)
+    expected = table.double().reshape(-1).numpy() + timestep.double().numpy()
+    torch.testing.assert_close(got.flatten(1), torch.from_numpy(expected).to(dtype), rtol=0, atol=0)
+    assert got.shape == (batch, rows, d) and got.dtype == dtype and got.is_contiguous()
+
+
+@not_interpreted
+def test_bad_modulation_rows():
+    table, timestep = torch.zeros(6, 8), torch.zeros(2, 48)
+    for change, message in [
+        ((table[0], timestep), r"table has shape \[8\]; expected \[R, D\]"),
+        ((table, timestep[:, :40]), r"timestep has shape \[2, 40\]; expected \[B, 48\]"),
+        ((table, timestep.half()), "timestep has dtype torch.float16; allowed: torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            modulation_rows(*change)

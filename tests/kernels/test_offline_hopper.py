@@ -141,3 +141,20 @@ def test_hopper_project_compiles(x, m, alone, project, tmp_path):
     ptx = compiled.asm["ptx"]
     assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
     assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")
+
+
+@needs_gluon
+@pytest.mark.parametrize(("d", "bias", "masked"), [(72, False, False), (72, True, True), (80, False, True)])
+def test_hopper_attention_compiles(d, bias, masked, tmp_path):
+    from dirotq.kernels import hopper_attention
+    from dirotq.kernels.gluon_attention import narrow_attention_kernel as kernel
+
+    types = {"out_ptr": "*bf16", "bias_ptr": "*bf16", "factor": "fp32"}
+    for name, rows in (("q", hopper_attention.QUERIES), ("k", hopper_attention.KEYS), ("v", hopper_attention.KEYS)):
+        types[f"{name}_desc"] = descriptor("bf16", rows, hopper_attention.FIRST)
+        types[f"{name}_rest_desc"] = descriptor("bf16", rows, hopper_attention.SECOND)
+    values = {"D": d, "BIAS": bias, "MASK": masked, "STAGES": hopper_attention.STAGES}
+    ptx = compile_gluon(kernel, types, values, tmp_path).asm["ptx"]
+    for columns in (128, 64, 16):  # scores, and the two parts of a head
+        assert re.search(rf"wgmma\.mma_async\S*m64n{columns}k16\.f32\.bf16", ptx)
+    assert "ex2.approx" in ptx and "setmaxnreg" in ptx
