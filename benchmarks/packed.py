@@ -19,7 +19,7 @@ from linear import COLD_BYTES, FLUX, PIXART, RESULTS, Linear, median_ms
 from torch import Tensor
 
 from dirotq import kernels
-from dirotq.kernels import hopper_costs, hopper_packed
+from dirotq.kernels import hopper_costs, hopper_packed, replay
 
 SHAPES = {**dict.fromkeys(FLUX, (16, 77, 512, 1024, 1536, 4096, 4608, 16384)),
           **dict.fromkeys([*PIXART, (1152, 3456)], (16, 600, 4096, 8192))}  # fmt: skip
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES], metavar="KxN")
     arguments = parser.parse_args()
+    replay.enable(False)  # what is chosen changes between calls
     import triton
 
     rows = []

@@ -5,9 +5,10 @@
 eager: as loaded. compiled: `compile_repeated_blocks(fullgraph=True)`. reduce-overhead: that with the mode of this name,
 a CUDA graph for each block. graph: the compiled step captured as one CUDA graph, which leaves nothing to the host.
 Variants are timed in turn, round after round, in one process: CUDA events around several calls back to back, median
-over rounds. A variant that fails is named and left out. Every quantized model of this package is first compared with a
-dense one that has the weights it stands for. Results go to step.json after each step, then to step.png and
-step-profile.png (time of GPU kernels by kind), all in --out (default benchmarks/results).
+over rounds. A variant that fails is named and left out, as is one that is being prepared when the script is interrupted
+(Ctrl-C, SIGTERM). Every quantized model of this package is first compared with a dense one that has the weights it
+stands for. Results go to step.json after each step, then to step.png and step-profile.png (time of GPU kernels by
+kind), all in --out (default benchmarks/results).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import copy
 import gc
 import json
 import platform
+import signal
 import statistics
 import time
 import traceback
@@ -249,11 +251,11 @@ def check(name: str, model: nn.Module, dense: nn.Module, arguments: dict[str, An
 
 
 def attempt(label: str, action: Callable[[], Any]) -> Any:
-    """The result of `action`; None, and the error named, if it fails: one peer must not end the run."""
+    """The result of `action`; None, and why, if it fails or is interrupted: one peer must not end the run."""
     start = time.perf_counter()
     try:
         result = action()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc(limit=-4)
         print(f"{label} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return None
@@ -335,6 +337,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import triton
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.config.recompile_limit = 32
     torch._inductor.config.compile_threads = min(16, torch.get_num_threads() * 2)

@@ -38,11 +38,23 @@ def _whole(parts: Sequence[Tensor], image: int) -> Tensor:
     batch, _, n = first.shape
     if len(parts) == 1:
         return first.contiguous()
+    if not together(parts):
+        return torch.cat(list(parts), 1)
+    return first.as_strided((batch, image, n), (image * n, n, 1))
+
+
+def together(parts: Sequence[Tensor]) -> bool:
+    """Whether one tensor was split into these parts [B, S_i, N] along S."""
+    if len(parts) < 2 or any(part.ndim != 3 for part in parts):
+        return len(parts) == 1
+    first = parts[0]
+    batch, n = first.shape[0], first.shape[2]
+    image = sum(part.shape[1] for part in parts)
     begin = first.storage_offset()
     storage = first.untyped_storage().data_ptr()
     for part in parts:
         strides = (part.stride(0) == image * n or batch == 1, *part.stride()[1:])
         if strides != (True, n, 1) or part.storage_offset() != begin or part.untyped_storage().data_ptr() != storage:
-            return torch.cat(list(parts), 1)
+            return False
         begin += part.shape[1] * n
-    return first.as_strided((batch, image, n), (image * n, n, 1))
+    return True

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
-from .backend import implementation
+from . import checks, replay
 
 SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? bias=None) -> Tensor"
 ROPE_SCHEMA = (
@@ -51,8 +50,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 def run_attend(query, key, value, bias=None):
-    checks.attend(query, key, value, bias)
-    return implementation("attend", query.device)(query, key, value, bias)
+    return replay.call(checks.attend, "attend", 1, (query, key, value, bias))
 
 
 def fake_attend(query, key, value, bias=None):
@@ -61,13 +59,12 @@ def fake_attend(query, key, value, bias=None):
 
 
 def run_rope(queries, keys, query_weights, key_weights, cos, sin, eps):
-    checks.qk_norm_rope(queries, keys, query_weights, key_weights, cos, sin)
-    compute = implementation("qk_norm_rope", queries[0].device)
-    return compute(queries, keys, query_weights, key_weights, cos, sin, eps)
+    args = queries, keys, query_weights, key_weights, cos, sin, eps
+    return replay.call(checks.qk_norm_rope, "qk_norm_rope", 1, args)
 
 
 def fake_rope(queries, keys, query_weights, key_weights, cos, sin, eps):
-    checks.qk_norm_rope(queries, keys, query_weights, key_weights, cos, sin)
+    checks.qk_norm_rope(queries, keys, query_weights, key_weights, cos, sin, eps)
     batch, _, heads, d = queries[0].shape
     shape = (batch, sum(q.shape[1] for q in queries), heads, d)
     return queries[0].new_empty(shape), queries[0].new_empty(shape)

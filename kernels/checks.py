@@ -86,6 +86,18 @@ def quantization(mode: str) -> None:
         raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)} is needed")
 
 
+def rotate_quantize(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int, mode: str) -> None:
+    rotation(x, basis, signs, block)
+    quantization(mode)
+
+
+def rotate_quantize_parts(
+    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> None:
+    rotation_of_parts(parts, basis, signs, block)
+    quantization(mode)
+
+
 def weights(k: int, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, table: Sequence[int]) -> None:
     _shape("weight", weight, "N", k // 2)
     branch(weight, low_rank, bias)
@@ -348,6 +360,7 @@ def qk_norm_rope(
     key_weights: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
+    eps: float,
 ) -> None:
     if not queries:
         raise ValueError("queries is empty; at least one part is needed")

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .launched import note
 from .triton_launcher import direct, hooked
 
 # A product and a sum are rounded apart, as in the reference: no fused multiply-add.
@@ -67,6 +68,11 @@ def early(device: torch.device) -> dict[str, Any]:
     return _early(is_hopper(device))
 
 
+def stream_of(tensor: Tensor) -> int:
+    """The current stream of a GPU tensor's device, as the driver knows it."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """`torch.cuda.device_of`, at no cost where that device is the current one."""
     if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
@@ -105,7 +111,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             kernel[grid](*args, **constants, **OPTIONS)
         else:
             variant(grid, torch._C._cuda_getCurrentRawStream(device), values)
+            note(variant, grid, args)
+            return
+        note(None, grid, args)
         return
+    note(None, grid, args)
     compiled = kernel[grid](*args, **constants, **OPTIONS)
     if len(_variants) >= _MOST_VARIANTS:
         _variants.clear()

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, checks, gradients, norm
+from . import attention, checks, gradients, norm, replay
+from .addend import together
 from .backend import implementation
 from .reference import dequantize as _dequantize_reference
 
@@ -235,17 +236,12 @@ def dequantize(weight: Tensor, weight_scale: Tensor, table: Sequence[int], dtype
 # --- what the ops run ----------------------------------------------------------------------------------
 
 
-def _rotate_quantize(x, basis, signs, block, mode):
-    checks.rotation(x, basis, signs, block)
-    checks.quantization(mode)
-    return implementation("rotate_quantize", x.device, _block(signs, block))(x, basis, signs, block, mode)
+def _rotate_quantize(*args):
+    return replay.call(checks.rotate_quantize, "rotate_quantize", _block(args[2], args[3]), args)
 
 
-def _rotate_quantize_parts(parts, basis, signs, block, mode):
-    checks.rotation_of_parts(parts, basis, signs, block)
-    checks.quantization(mode)
-    run = implementation("rotate_quantize_parts", parts[0].device, _block(signs, block))
-    return run(parts, basis, signs, block, mode)
+def _rotate_quantize_parts(*args):
+    return replay.call(checks.rotate_quantize_parts, "rotate_quantize_parts", _block(args[2], args[3]), args)
 
 
 def _rotate(x, basis, signs, block):
@@ -254,23 +250,19 @@ def _rotate(x, basis, signs, block):
 
 
 def _linear_a8(*args):
-    checks.linear_a8(*args)
-    return implementation("linear_a8", args[0].device)(*args)
+    return replay.call(checks.linear_a8, "linear_a8", 1, args)
 
 
 def _linear_a8_add(*args):
-    checks.linear_a8_add(*args)
-    return implementation("linear_a8_add", args[0].device)(*args)
+    return replay.call(checks.linear_a8_add, "linear_a8_add", 1, args, together(args[8]))
 
 
 def _linear_a8_siblings(*args):
-    checks.linear_a8_siblings(*args)
-    return implementation("linear_a8_siblings", args[0].device)(*args)
+    return replay.call(checks.linear_a8_siblings, "linear_a8_siblings", 1, args)
 
 
 def _linear_a16(*args):
-    checks.linear_a16(*args)
-    return implementation("linear_a16", args[0].device)(*args)
+    return replay.call(checks.linear_a16, "linear_a16", 1, args)
 
 
 def _linear_nvfp4(*args):
@@ -303,8 +295,7 @@ def _rank(basis: Tensor | None) -> int:
 
 
 def _fake_rotate_quantize(x, basis, signs, block, mode):
-    checks.rotation(x, basis, signs, block)
-    checks.quantization(mode)
+    checks.rotate_quantize(x, basis, signs, block, mode)
     return _fake_quantized(x, x.shape[1], basis)
 
 
@@ -317,8 +308,7 @@ def _fake_quantized(x, k, basis):
 
 
 def _fake_rotate_quantize_parts(parts, basis, signs, block, mode):
-    checks.rotation_of_parts(parts, basis, signs, block)
-    checks.quantization(mode)
+    checks.rotate_quantize_parts(parts, basis, signs, block, mode)
     return _fake_quantized(parts[0], sum(part.shape[1] for part in parts), basis)
 
 

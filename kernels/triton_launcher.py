@@ -36,10 +36,11 @@ def direct(compiled: Any, constants: Sequence[Any]) -> Launch | None:
     how = tuple(inspect.signature(type(run).__call__).parameters)[6:]
     function, flags, packed = compiled.function, (run.launch_cooperative_grid, run.launch_pdl), compiled.packed_metadata
     end = list(constants)
+    where: list[int] = []
     if how == _HOOKS_APART:
 
         def launch(grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-            values = _flat(args, maps) + end
+            values = _flat(args, maps, where) + end
             c_launch(*grid, stream, function, *flags, None, None, packed, None, None, None, *values)
 
         return launch
@@ -47,7 +48,7 @@ def direct(compiled: Any, constants: Sequence[Any]) -> Launch | None:
         annotations, signature = run.arg_annotations, run.kernel_signature
 
         def launch(grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-            values = tuple(_flat(args, maps) + end)
+            values = tuple(_flat(args, maps, where) + end)
             c_launch(
                 *grid, stream, function, *flags, packed, None, None, None, None, None, annotations, signature, values
             )
@@ -86,18 +87,19 @@ class _Maps:
         return made
 
 
-def _flat(args: list[Any], maps: list[_Maps]) -> list[Any]:
+def _flat(args: list[Any], maps: list[_Maps], where: list[int]) -> list[Any]:
+    """The arguments, with what the driver wants in place of descriptors; the first call finds out `where` they are."""
     if not maps:
         return args
+    if not where:
+        where[:] = [i for i, arg in enumerate(args) if hasattr(arg, "base")]  # at once: others may launch it, too
     values: list[Any] = []
-    i = 0
-    for arg in args:
-        if hasattr(arg, "base"):
-            values += maps[i].of(arg)
-            i += 1
-        else:
-            values.append(arg)
-    return values
+    start = 0
+    for i, place in enumerate(where):
+        values += args[start:place]
+        values += maps[i].of(args[place])
+        start = place + 1
+    return values + args[start:]
 
 
 def _without_descriptors(run: Any, compiled: Any) -> tuple[Any, list[_Maps]]:

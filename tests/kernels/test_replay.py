@@ -1,0 +1,463 @@
+"""Repeated ops launch what the ops themselves launch, on other memory; no GPU."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs launches", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from dirotq import kernels
+from dirotq.kernels import backend, replay
+from dirotq.kernels import launch as launching
+from dirotq.kernels.launch import launch
+from dirotq.kernels.launched import taking_notes
+
+from .offline import needs_gluon
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Tensors of the CPU pass for a GPU's."""
+    monkeypatch.setattr(replay, "_launches", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(launching, "_variants", {})
+    replay.enable(True)
+    yield
+    replay.enable(False)
+
+
+def floats(address, count):
+    return (ctypes.c_float * count).from_address(address)
+
+
+class Kernel:
+    """out = x factor + y, `count` floats each: at addresses, when it is launched directly."""
+
+    arg_names = ("x", "y", "out", "count", "factor")
+
+    def __getitem__(self, grid):
+        def first(x, y, out, count, factor, **constants):
+            torch.add(y.reshape(-1), x.reshape(-1), alpha=factor, out=out)
+            return SimpleNamespace()
+
+        return first
+
+    @staticmethod
+    def direct(compiled, rest):
+        def run(grid, stream, values):
+            x, y, out, count, factor = values
+            assert grid == (1, 1, 1) and stream == 7
+            floats(out, count)[:] = [a * factor + b for a, b in zip(floats(x, count), floats(y, count), strict=True)]
+
+        return run
+
+
+KERNEL = Kernel()
+
+
+@pytest.fixture
+def op(on_gpu, monkeypatch):
+    """`op(*args)` runs `op.body` as an op does; `op.runs` counts how often."""
+    monkeypatch.setattr(launching, "direct", Kernel.direct)
+    made = SimpleNamespace(runs=0, body=twice, check=lambda *args: None)
+
+    def compute(*args):
+        made.runs += 1
+        return made.body(*args)
+
+    monkeypatch.setattr(replay, "implementation", lambda name, device, block: compute)
+
+    class Op:
+        def __call__(self, *args):
+            return replay.call(lambda *a: made.check(*a), "op", 1, args)
+
+        def __getattr__(self, name):
+            return getattr(made, name)
+
+        def __setattr__(self, name, value):
+            setattr(made, name, value)
+
+    return Op()
+
+
+def add(x, y, out, factor=2.0):
+    launch(KERNEL, (1,), x, y, out, x.numel(), factor, num_warps=1)
+
+
+def twice(x, y, factor=2.0):
+    """(x factor + y) factor + y, by way of memory of its own."""
+    between, out = torch.empty_like(x), torch.empty(x.shape)
+    add(x, y, between, factor)
+    add(between, y, out, factor)
+    return out
+
+
+def numbers(*shape, seed):
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def test_repeats_from_the_fourth_call_on(op):
+    for i in range(8):
+        x, y = numbers(5, seed=i), numbers(5, seed=-i - 1)
+        torch.testing.assert_close(op(x, y), 4 * x + 3 * y, rtol=0, atol=0)
+        assert op.runs == min(i + 1, 3)  # compiles, is recorded, and is compared with its repetition
+
+
+@pytest.mark.parametrize(
+    ("other", "runs"),
+    [
+        (lambda x, y: (x[:4], y[:4], 2.0), 3),
+        (lambda x, y: (x[None], y, 2.0), 2),  # for which nothing is compiled
+        (lambda x, y: (x[::2], y[:8], 2.0), 3),
+        (lambda x, y: (torch.cat([x[:1], x])[1:], y, 2.0), 3),  # at another alignment
+        (lambda x, y: (x, y, 3.0), 3),
+        (lambda x, y: (y, x, 2.0), 0),
+    ],
+)
+def test_every_kind_has_a_recording_of_its_own(op, other, runs):
+    op.body = lambda x, y, factor: twice(x.contiguous(), y, factor) if x.is_contiguous() else x * factor**2 + y * 3
+    x, y = numbers(16, seed=1), numbers(16, seed=2)
+    for _ in range(4):
+        op(x, y, 2.0)
+    x, y, factor = other(x, y)
+    before, slow = op.runs, not x.is_contiguous()  # which that op computes otherwise
+    for _ in range(6):
+        assert torch.equal(op(x, y, factor), x * factor**2 + y * (factor + 1))
+    assert op.runs - before == (6 if slow else runs)
+
+
+def test_pointers_into_arguments_and_results_that_are_views(op):
+    def body(both):
+        out = torch.empty(2, 8)
+        x, y = both[1], both[2]
+        launch(KERNEL, (1,), x, y, out[0], 8, 2.0, num_warps=1)
+        launch(KERNEL, (1,), y, x, out[1], 8, 3.0, num_warps=1)
+        return out[1], out.T
+
+    op.body = body
+    for i in range(6):
+        both = numbers(3, 8, seed=i)
+        first, whole = op(both)
+        expected = torch.stack([2 * both[1] + both[2], 3 * both[2] + both[1]])
+        assert torch.equal(first, expected[1]) and torch.equal(whole, expected.T) and whole.stride() == (1, 8)
+        assert op.runs == min(i + 1, 3)
+
+
+def test_other_work_is_never_left_out(op):
+    def body(x, y):
+        out = torch.empty_like(x)
+        add(x + 1, y, out)
+        return out
+
+    op.body = body
+    for i in range(8):
+        x, y = numbers(5, seed=i), numbers(5, seed=-i - 1)
+        assert torch.equal(op(x, y), 2 * (x + 1) + y)
+    assert op.runs == 8
+
+    foreign = numbers(5, seed=0)
+    op.body = lambda x, y: twice(x, foreign)
+    replay.enable(True)
+    for i in range(8):
+        foreign.copy_(numbers(5, seed=i))
+        assert torch.equal(op(x, y), 4 * x + 3 * foreign)
+    assert op.runs == 16
+
+
+def test_two_arguments_at_one_address(op):
+    """Which of the two a launch reads cannot be told; a recording of two that lie apart serves them."""
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    for _ in range(3):
+        assert torch.equal(op(x, x), 7 * x)
+    for _ in range(2):
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    assert torch.equal(op(y, y), 7 * y) and torch.equal(op(y, x), 4 * y + 3 * x)
+
+
+def test_a_wrong_repetition_is_given_up(op, monkeypatch):
+    monkeypatch.setattr(replay.Recording, "repeat", lambda self, tensors: torch.zeros_like(tensors[0]))
+    for i in range(8):
+        x, y = numbers(5, seed=i), numbers(5, seed=-i - 1)
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    assert op.runs == 8
+
+
+def test_without_memory_for_a_second_result(op, monkeypatch):
+    whole = replay.Recording.repeat
+
+    def repeat(self, tensors):
+        raise torch.OutOfMemoryError("no more")
+
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    monkeypatch.setattr(replay.Recording, "repeat", repeat)
+    for _ in range(5):
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    monkeypatch.setattr(replay.Recording, "repeat", whole)
+    assert op.runs == 5
+    for _ in range(5):
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    assert op.runs == 6
+
+
+def test_not_a_number_equals_itself(op):
+    x, y = torch.full((5,), torch.nan), numbers(5, seed=2)
+    for _ in range(5):
+        assert op(x, y).isnan().all()
+    assert op.runs == 3
+
+
+def test_bad_arguments_and_errors(op):
+    def check(x, y):
+        if y.numel() != 5:
+            raise ValueError("five are needed")
+
+    op.check = check
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    for _ in range(5):
+        op(x, y)
+        with pytest.raises(ValueError, match="five"):
+            op(x, y[:4])
+    with pytest.raises(ValueError, match="five"):
+        op(x[:4], y[:4])
+
+    def body(x, y):
+        raise RuntimeError("inside")
+
+    op.body = body
+    with pytest.raises(RuntimeError, match="inside"):
+        op(x[None], y)
+    with taking_notes() as notes:  # those of a failed recording are no longer taken
+        op.body = twice
+        assert torch.equal(op(x[:, None], y), (4 * x + 3 * y)[:, None])
+    assert not notes or all(note is not None for note in notes)
+
+
+def test_turned_off(op):
+    replay.enable(False)
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    for _ in range(6):
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    assert op.runs == 6
+    code = "from dirotq.kernels import replay; print(replay._enabled)"
+    for value, said in (("0", "False"), ("1", "True")):
+        environment = {**os.environ, "DIROTQ_REPLAY": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == said
+
+
+def test_notes_are_of_one_thread(on_gpu, monkeypatch):
+    monkeypatch.setattr(launching, "direct", Kernel.direct)
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    with taking_notes() as notes:
+        other = threading.Thread(target=lambda: [add(x, y, torch.empty(5)) for _ in range(3)])
+        other.start()
+        other.join()
+        assert not notes
+        add(x, y, torch.empty(5))
+        assert len(notes) == 1
+
+
+# --- the ops themselves --------------------------------------------------------------------------------
+
+
+class Tensors:
+    """Random arguments of all ops, others for each seed."""
+
+    def __init__(self, m, seed, k=1152, n=2304):
+        make = torch.Generator().manual_seed(seed)
+        self.rows = torch.randn(2, m // 2, k, generator=make).bfloat16()
+        self.wide = torch.randn(2, m // 2, n, generator=make).bfloat16()
+        self.basis = torch.randn(k, 64, generator=make).bfloat16()
+        self.signs = torch.ones(k, dtype=torch.int8)
+        self.weights = [torch.randint(0, 256, (n, k // 2), generator=make).byte() for _ in range(3)]
+        self.scales = [torch.rand(n, generator=make) for _ in range(3)]
+        self.groups = torch.rand(n, k // 64, generator=make).bfloat16()
+        self.low_ranks = [torch.randn(n, 64, generator=make).bfloat16() for _ in range(3)]
+        self.biases = [torch.randn(n, generator=make).bfloat16() for _ in range(3)]
+        self.codes = torch.zeros(m, k, dtype=torch.int8)
+        self.scale, self.z = torch.rand(m, generator=make), torch.randn(m, 64, generator=make).bfloat16()
+        self.modulation = torch.randn(2, 6, n, generator=make).bfloat16()
+        self.heads = torch.randn(2, m // 2, 3, 16, 72, generator=make).bfloat16()
+        self.even = torch.randn(2, m // 2, 3, 8, 64, generator=make).bfloat16()
+        self.angles = torch.randn(2, m, 64, generator=make)
+
+    def call(self, op):
+        table = list(kernels.CODEBOOK16)
+        x = self.rows.flatten(0, 1)
+        product = self.codes, self.scale, self.z, self.weights[0], self.scales[0], self.low_ranks[0], self.biases[0]
+        return {
+            "rotate_quantize": (x, self.basis, self.signs, 128, "int4"),
+            "rotate_quantize, bare": (x, None, self.signs, 128, "int8"),
+            "rotate_quantize_parts": ([x[:, :384], x[:, 384:]], self.basis, self.signs, 128, "int4"),
+            "linear_a8": (*product, table, torch.bfloat16, True),
+            "linear_a8, bare": (self.codes, self.scale, None, *product[3:5], None, None, table, torch.float32),
+            "linear_a8_add": (*product, table, [self.wide], self.modulation[:, 2]),
+            "linear_a8_add, parts": (*product, table, list(self.wide.split([1, len(x) // 2 - 1], 1)), None),
+            "linear_a8_siblings": (
+                *product[:3], self.weights, self.scales, self.low_ranks, self.biases, table, torch.bfloat16, [],
+            ),
+            "linear_a16": (x[:1].clone(), None, self.weights[0], self.groups, None, self.biases[0], table),
+            "norm_modulate": ([self.wide], self.modulation[:, 0], self.modulation[:, 1], 1e-6),
+            "attend": self.heads.unbind(2),
+            "attend, biased": (*self.heads.unbind(2), self.rows[:, :, 5].contiguous()),
+            "qk_norm_rope": (
+                [self.even[:, :, 0]], [self.even[:, :, 1]], [self.rows[0, 0, :64]], [self.rows[0, 1, :64]],
+                self.angles[0, : len(x) // 2], self.angles[1, : len(x) // 2], 1e-6,
+            ),
+        }[op]  # fmt: skip
+
+
+OPS = [
+    "rotate_quantize", "rotate_quantize, bare", "rotate_quantize_parts", "linear_a8", "linear_a8, bare",
+    "linear_a8_add", "linear_a8_add, parts", "linear_a8_siblings", "linear_a16", "norm_modulate", "attend",
+    "attend, biased", "qk_norm_rope",
+]  # fmt: skip
+
+
+@pytest.fixture
+def hopper(on_gpu, monkeypatch):
+    """Every kernel for Hopper is compiled and launched, as far as Python sees; a list of what is launched."""
+    launched = []
+    monkeypatch.setattr(backend, "_obstacle", lambda *arguments: None)
+    monkeypatch.setattr(launching, "_is_hopper", lambda *arguments: True)
+    monkeypatch.setattr(launching, "_multiprocessors", lambda *arguments: 132)
+
+    def first(kernel, grid):
+        return lambda *args, **constants: SimpleNamespace(kernel=kernel)
+
+    monkeypatch.setattr(JITFunction, "__getitem__", first)
+
+    def direct(compiled, rest):
+        return lambda grid, stream, values: launched.append((compiled.kernel, grid, rest, values))
+
+    monkeypatch.setattr(launching, "direct", direct)
+    monkeypatch.setattr(replay, "_same_bits", lambda a, b: True)  # nothing has been computed
+    return launched
+
+
+def on_device(argument, device):
+    """As it lies: a copy of the storage, seen as before."""
+    if isinstance(argument, list | tuple):
+        parts = [a for a in argument if isinstance(a, torch.Tensor)]
+        wholes = {a.untyped_storage().data_ptr(): a for a in parts}
+        if len(parts) > 1 and len(wholes) == 1:  # parts of one tensor
+            whole = torch.empty(0, dtype=parts[0].dtype, device=device).set_(parts[0].untyped_storage().to(device))
+            return [whole.as_strided(a.shape, a.stride(), a.storage_offset()) for a in parts]
+        return [on_device(a, device) for a in argument]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    whole = torch.empty(0, dtype=argument.dtype, device=device).set_(argument.untyped_storage().to(device))
+    return whole.as_strided(argument.shape, argument.stride(), argument.storage_offset())
+
+
+def flat(args):
+    return [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, torch.Tensor)]
+
+
+def readable(launched, args):
+    """Addresses as places in arguments, or numbered in the order they come in."""
+    named, others = flat(args), {}
+
+    def name(address):
+        for i, tensor in enumerate(named):
+            if tensor.numel() and address == tensor.data_ptr():
+                return "argument", i
+        for i, tensor in enumerate(named):
+            storage = tensor.untyped_storage()
+            if tensor.data_ptr() < address < storage.data_ptr() + storage.nbytes():
+                return "inside", i, address - tensor.data_ptr()
+        return "own", others.setdefault(address, len(others))
+
+    lines = []
+    for kernel, grid, rest, values in launched:
+        line = [kernel, grid, tuple(map(str, rest))]
+        for value in values:
+            if hasattr(value, "base"):
+                line.append((name(value.base.data_ptr()), tuple(value.shape), tuple(value.strides)))
+            elif isinstance(value, int) and value > 2**32:
+                line.append(name(value))
+            else:
+                line.append(value)
+        lines.append(line)
+    return lines
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("op", "m"),
+    [(op, m) for op in OPS for m in (8, 512)] + [(op, 8192) for op in ("rotate_quantize", "linear_a8_siblings")],
+)
+def test_ops_launch_the_same(hopper, op, m):
+    run = getattr(torch.ops.dirotq, op.split(",")[0]).default
+    args, others = Tensors(m, 0).call(op), Tensors(m, 1).call(op)
+    replay.enable(False)
+    for _ in range(2):  # the first compiles
+        hopper.clear()
+        with replay._Watch():  # keeps what the op makes, so that no address stands for two tensors
+            expected = run(*others)
+    lines = readable(hopper, others)
+    assert lines
+    replay.enable(True)
+    for _ in range(3):
+        run(*args)
+    known = list(replay._known.values())
+    assert known and all(type(one) is replay.Recording and one.proven for one in known)
+    hopper.clear()
+    results = run(*others)
+    assert readable(hopper, others) == lines
+    assert all(
+        (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        for a, b in zip(flat([expected]), flat([results]), strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [8, 512, 8192])
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_on_a_gpu(op, m):
+    run = getattr(torch.ops.dirotq, op.split(",")[0]).default
+    sets = [[on_device(a, "cuda") for a in Tensors(m, seed).call(op)] for seed in range(3)]
+    replay.enable(False)
+    expected = [flat([run(*args)]) for args in sets]
+    replay.enable(True)
+    try:
+        for _ in range(3):
+            for args, wanted in zip(sets, expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(flat([run(*args)]), wanted, strict=True))
+        known = list(replay._known.values())
+        if launching.is_hopper(torch.device("cuda")):
+            assert known and all(type(one) is replay.Recording and one.proven for one in known)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = flat([run(*sets[1])])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected[1], strict=True))
+    finally:
+        replay.enable(False)
+
+
+@needs_gluon
+def test_parts_apart_are_not_parts_together(hopper):
+    """The residual's parts are read as they lie if one tensor was split into them, and put together if not."""
+    tensors = Tensors(512, 0)
+    args = list(tensors.call("linear_a8_add, parts"))
+    run = torch.ops.dirotq.linear_a8_add.default
+    for _ in range(4):
+        run(*args)
+    hopper.clear()
+    args[8] = [torch.empty_like(tensors.wide)[:, :1], torch.empty_like(tensors.wide)[:, 1:]]
+    run(*args)
+    values = hopper[-1][3]
+    addresses = {value.base.data_ptr() if hasattr(value, "base") else value for value in values}
+    assert not addresses & {part.data_ptr() for part in args[8]}  # but of what they were put together in
