@@ -40,10 +40,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     """softmax(q kᵀ / √D + bias) v for each head; [B, S, H, D] contiguous, in the dtype of q.
 
     query [B, S, H, D]; key, value [B, T, H, D], T at least 1; bias [B, T], of no image -inf throughout; all in bf16,
-    fp16 or fp32, any strides. PyTorch's
-    `scaled_dot_product_attention` computes it, but for heads of 72 or 80 columns in 16 bit on Hopper, for which it has
-    no kernel as narrow as they are. In ours, a key that is not finite makes the results of the head before its own not
-    finite, too. Not differentiable.
+    fp16 or fp32, any strides. PyTorch's `scaled_dot_product_attention` computes it, but for heads of 72 or 80 columns
+    in 16 bit on Hopper, for which it has no kernel as narrow as they are. There, biases below -1e30 are equal, and a
+    key or a value that is not finite can make results of the head before its own, or of the image before, not finite,
+    too. Not differentiable.
     Raises ValueError naming the argument and the rule it breaks.
     """
     return torch.ops.dirotq.attend.default(query, key, value, bias)

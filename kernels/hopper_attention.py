@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .gluon_attention import BQ, BS, REST, WIDE, narrow_attention_kernel
-from .hopper import descriptor
+from .hopper import aligned, descriptor
 from .launch import cdiv, launch, multiprocessors, on_device_of
 
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
@@ -15,20 +15,22 @@ STAGES = 4
 
 
 def takes(query: Tensor) -> bool:
-    """Whether this kernel is for queries [B, S, H, D]."""
-    return query.dtype in (torch.bfloat16, torch.float16) and FIRST < query.shape[3] <= FIRST + SECOND
+    """Whether this kernel is for queries [B, S, H, D]: two steps of the memory accelerator hold a head, and its bytes
+    are a multiple of 16."""
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] in range(FIRST + 8, FIRST + SECOND + 1, 8)
 
 
 def _matrix(x: Tensor) -> Tensor:
     """x [B, S, H, D] as [B S, H D], copied unless the memory accelerator can read it where it lies."""
     batch, length, heads, d = x.shape
-    rows = x.stride(1)
-    if x.stride(3) != 1 or x.stride(2) != d or rows % 8 or rows < heads * d or x.data_ptr() % 16:
-        x = x.contiguous()
-    elif batch > 1 and x.stride(0) != length * rows:
-        x = x.contiguous()
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
-    return x.as_strided((batch * length, heads * d), (x.stride(1), 1))
+    columns = heads * d
+    # A dimension of one may have any stride.
+    rows = x.stride(1) if length > 1 else x.stride(0) if batch > 1 else columns
+    whole = x.stride(3) == 1 and (heads == 1 or x.stride(2) == d)
+    even = batch == 1 or length == 1 or x.stride(0) == length * rows
+    if not whole or not even or rows % 8 or rows < columns or x.data_ptr() % 16:
+        x, rows = aligned(x.reshape(batch * length, columns)), columns
+    return x.as_strided((batch * length, columns), (rows, 1))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,11 +6,12 @@ strides, dtypes, devices, alignment, and everything that is no tensor), the tens
 are recorded, addresses as offsets into an argument or into what the op made. A recording is used once a repetition has
 given the bits of the op itself, which every op here gives from run to run.
 
-Not recorded is an op that does anything but make tensors, look at them and launch; one whose launches read memory that
-is neither an argument's nor its own; and one with two arguments at one address. DIROTQ_REPLAY=0 turns all of it off.
+Not recorded is a call that does anything but make tensors, look at them and launch, or whose launches read memory that
+is neither an argument's nor its own, or where two arguments begin. DIROTQ_REPLAY=0 turns all of it off.
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .backend import implementation
 from .launched import taking_notes
@@ -25,10 +27,12 @@ from .launched import taking_notes
 ENVIRONMENT = "DIROTQ_REPLAY"
 _MOST = 10_000  # kinds of arguments
 _ATTEMPTS = 4  # the first one or two compile
+_REFERENCE = f"{__package__}.reference"  # runs where there may be no Triton
 
 _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 # By kind: a recording, or how often it was tried in vain.
 _known: dict[tuple, Any] = {}
+_recording = threading.Lock()  # PyTorch keeps in one place for all threads that there is a dispatch mode
 
 
 def enable(on: bool) -> None:
@@ -44,23 +48,31 @@ def call(check: Callable[..., None], op: str, block: int, args: Sequence[Any], e
     block: of the Hadamard matrix. extra: whatever else decides what the op does, such as where its arguments lie.
     """
     tensors, kind = _kind(args)
-    if not _enabled or not tensors or not _launches(tensors[0]):
+    if not tensors:
         check(*args)
-        return implementation(op, tensors[0].device, block)(*args)
     compute = implementation(op, tensors[0].device, block)
+    if not _enabled or not _launches(tensors[0]) or compute.__module__ == _REFERENCE:
+        check(*args)
+        return compute(*args)
     key = (compute, extra, *kind)
     known = _known.get(key)
-    if type(known) is Recording and known.proven and not _launching()[0]():
+    hooked = _launching()[0]()  # by a profiler of Triton's, which hears of Triton's own launches alone
+    if type(known) is Recording and known.proven and not hooked:
         return known.repeat(tensors)
     check(*args)
+    if hooked:
+        return compute(*args)
     if type(known) is Recording:
         return _prove(key, known, tensors, compute, args)
     attempts = known or 0
-    if attempts >= _ATTEMPTS:
+    if attempts >= _ATTEMPTS or not _recording.acquire(blocking=False):
         return compute(*args)
+    try:
+        result, recording = _record(compute, args, tensors)
+    finally:
+        _recording.release()
     if len(_known) >= _MOST:
         _known.clear()
-    result, recording = _record(compute, args, tensors)
     _known[key] = attempts + 1 if recording is None else recording
     return result
 
@@ -141,6 +153,7 @@ class Recording:
     def __init__(self, made: list[_Made], steps: list[_Step], outputs: list[tuple], single: bool):
         self.made, self.steps, self.outputs, self.single = made, steps, outputs, single
         self.proven = False
+        self.failures = 0
 
     def repeat(self, tensors: list[Tensor]) -> Any:
         _, on_device_of, stream_of = _launching()
@@ -173,9 +186,20 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name
         if name in ("aten::empty", "aten::empty_strided", "aten::new_empty", "aten::empty_like"):
             self.made.append(out)
-        elif not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        elif not _looks(func, (args, kwargs), out):
             self.more = True
         return out
+
+
+def _looks(func: Any, given: Any, out: Any) -> bool:
+    """Whether all that an operator returns lies in what it was given, unchanged."""
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+        return False
+    results = tree_leaves(out)
+    if not results or not all(isinstance(result, Tensor) for result in results):
+        return False
+    places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    return all(result.untyped_storage().data_ptr() in places for result in results)
 
 
 def _record(compute: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, Recording | None]:
@@ -246,17 +270,27 @@ def _prove(
 ) -> Any:
     """The op's result. The recording is proven if its own has the same bits, and given up if not."""
     result = compute(*args)
-    if (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()) or _launching()[0]():
-        return result  # another time: nothing can be compared now
+    if not _may_wait(tensors[0]):
+        return result  # another time
     try:
         again = recording.repeat(tensors)
-    except torch.OutOfMemoryError:  # likewise
-        return result
-    pairs = [(result, again)] if recording.single else list(zip(result, again, strict=True))
-    recording.proven = all(_same_bits(a, b) for a, b in pairs)
+        pairs = [(result, again)] if recording.single else list(zip(result, again, strict=True))
+        recording.proven = all(_same_bits(a, b) for a, b in pairs)
+    except torch.OutOfMemoryError:  # another time, but not for ever
+        recording.failures += 1
+        if recording.failures < _ATTEMPTS:
+            return result
     if not recording.proven:
         _known[key] = _ATTEMPTS
     return result
+
+
+def _may_wait(tensor: Tensor) -> bool:
+    """Whether the host may wait for the tensor's GPU: no graph is captured, and nobody looks for such waits."""
+    if not tensor.is_cuda:
+        return True
+    with _launching()[1](tensor):
+        return not torch.cuda.is_current_stream_capturing() and not torch.cuda.get_sync_debug_mode()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

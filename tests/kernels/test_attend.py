@@ -102,6 +102,35 @@ def test_any_layout_on_a_gpu():
     assert torch.equal(one[:1], expected[:1])
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "start", "copied"),
+    [
+        ((2, 6, 3, 72), (3888, 648, 72, 1), 216, False),  # columns of a wider matrix
+        ((2, 6, 3, 72), (1296, 72, 432, 1), 0, True),  # head by head
+        ((2, 6, 3, 72), (1296, 216, 1, 3), 0, True),
+        ((2, 3, 3, 72), (1296, 432, 72, 1), 0, False),  # every other token
+        ((2, 5, 3, 72), (216, 0, 72, 1), 0, True),  # expanded
+        ((4, 5, 3, 72), (0, 216, 72, 1), 0, True),
+        ((2, 1, 3, 72), (216, 5, 72, 1), 0, False),  # of a dimension of one the stride says nothing
+        ((1, 1, 3, 72), (5, 5, 72, 1), 0, False),
+        ((2, 2, 1, 72), (144, 72, 3, 1), 0, False),
+        ((1, 2, 3, 72), (7, 220, 72, 1), 0, True),  # rows at no multiple of 16 bytes
+        ((1, 2, 3, 72), (7, 216, 72, 1), 1, True),
+    ],
+)
+def test_what_the_memory_accelerator_reads(shape, strides, start, copied):
+    """Rows at distances it takes, and a copy only where they are not."""
+    hopper_attention = pytest.importorskip("dirotq.kernels.hopper_attention", exc_type=ImportError)
+    numbers = torch.randn(8000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = numbers.as_strided(shape, strides, start)
+    matrix = hopper_attention._matrix(x)
+    assert torch.equal(matrix, x.reshape(shape[0] * shape[1], -1))
+    assert matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.stride(0) >= matrix.shape[1]
+    assert matrix.data_ptr() % 16 == 0 and (matrix.data_ptr() != x.data_ptr()) == copied
+    widths = [d for d in range(1, 200) if hopper_attention.takes(torch.empty(1, 1, 1, d, dtype=x.dtype))]
+    assert widths == [72, 80] and not hopper_attention.takes(torch.empty(1, 1, 1, 72))
+
+
 @pytest.mark.gpu
 def test_hundreds_of_results_are_equal():
     """Of PixArt's shape, in which every multiprocessor passes its buffers on a thousand times."""

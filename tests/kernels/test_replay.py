@@ -175,6 +175,72 @@ def test_other_work_is_never_left_out(op):
     assert op.runs == 16
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_looking_and_what_is_more(on_gpu, inference):
+    x = numbers(4, 6, seed=1)
+    with torch.inference_mode(inference):
+        for look in (
+            lambda: x.view(24)[3:9].reshape(2, 3).T.split(1),
+            lambda: (x[0].contiguous(), x.flatten(), x.unbind(1), x[None].expand(2, 4, 6), x.to(torch.float32)),
+            lambda: (torch.empty_like(x), x.new_empty(3), torch.empty(2, 3).as_strided((3,), (2,))),
+        ):
+            with replay._Watch() as watch:
+                look()
+            assert not watch.more
+        for more in (
+            lambda: x + 1, lambda: x.T.contiguous(), lambda: x.T.reshape(24), lambda: x.clone(), lambda: x.double(),
+            lambda: torch.empty(3).zero_(), lambda: torch.zeros(3), lambda: torch.equal(x, x), lambda: x.sum().item(),
+            lambda: torch.cat([x, x]), lambda: torch._foreach_add_([x.clone()], 1),
+        ):  # fmt: skip
+            with replay._Watch() as watch:
+                more()
+            assert watch.more
+
+
+def test_one_recording_at_a_time(op):
+    """Another thread's call meanwhile is the op's own."""
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    for _ in range(2):
+        op(x, y, 3.0)  # compiled for this factor
+
+    def body(x, y, factor):
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: outcomes.append(op(y, x, 3.0)))
+            other.start()
+            other.join()
+        return twice(x, y, factor)
+
+    outcomes = []
+    op.body = body
+    replay.enable(True)
+    assert torch.equal(op(x, y, 3.0), 9 * x + 4 * y) and torch.equal(outcomes[0], 9 * y + 4 * x)
+    assert len(replay._known) == 1
+
+
+def test_a_profiler_of_tritons_hears_of_every_launch(op, monkeypatch):
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    launching_ = replay._launching()
+    monkeypatch.setattr(replay, "_launching", lambda: (lambda: True, *launching_[1:]))
+    for _ in range(6):
+        op(x, y)
+    assert op.runs == 6 and not replay._known
+
+
+def test_without_triton(op, monkeypatch):
+    """The reference runs; nothing that imports Triton does."""
+
+    def reference(x, y):
+        return 4 * x + 3 * y
+
+    reference.__module__ = "dirotq.kernels.reference"
+    monkeypatch.setattr(replay, "implementation", lambda name, device, block: reference)
+    monkeypatch.setattr(replay, "_launching", lambda: pytest.fail("imports Triton"))
+    x, y = numbers(5, seed=1), numbers(5, seed=2)
+    for _ in range(6):
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    assert not replay._known
+
+
 def test_two_arguments_at_one_address(op):
     """Which of the two a launch reads cannot be told; a recording of two that lie apart serves them."""
     x, y = numbers(5, seed=1), numbers(5, seed=2)
@@ -201,13 +267,20 @@ def test_without_memory_for_a_second_result(op, monkeypatch):
 
     x, y = numbers(5, seed=1), numbers(5, seed=2)
     monkeypatch.setattr(replay.Recording, "repeat", repeat)
-    for _ in range(5):
+    for _ in range(5):  # two of which are compared, or would be
         assert torch.equal(op(x, y), 4 * x + 3 * y)
     monkeypatch.setattr(replay.Recording, "repeat", whole)
     assert op.runs == 5
     for _ in range(5):
         assert torch.equal(op(x, y), 4 * x + 3 * y)
     assert op.runs == 6
+
+    monkeypatch.setattr(replay, "_same_bits", lambda a, b: repeat(None, None))
+    replay.enable(True)
+    for _ in range(9):
+        assert torch.equal(op(x, y), 4 * x + 3 * y)
+    (given_up,) = replay._known.values()
+    assert op.runs == 15 and not isinstance(given_up, replay.Recording)
 
 
 def test_not_a_number_equals_itself(op):
@@ -285,7 +358,7 @@ class Tensors:
         self.groups = torch.rand(n, k // 64, generator=make).bfloat16()
         self.low_ranks = [torch.randn(n, 64, generator=make).bfloat16() for _ in range(3)]
         self.biases = [torch.randn(n, generator=make).bfloat16() for _ in range(3)]
-        self.codes = torch.zeros(m, k, dtype=torch.int8)
+        self.codes = torch.randint(-127, 128, (m, k), generator=make).to(torch.int8)
         self.scale, self.z = torch.rand(m, generator=make), torch.randn(m, 64, generator=make).bfloat16()
         self.modulation = torch.randn(2, 6, n, generator=make).bfloat16()
         self.heads = torch.randn(2, m // 2, 3, 16, 72, generator=make).bfloat16()
