@@ -28,8 +28,9 @@ CONFIG_NAME = "config.json"
 #: Of the folder, inside the checkpoint's, that is written first; then come the place and the process that write it.
 PREFIX = ".dirotq-saving-"
 
-#: Folders that threads of this process write.
+#: Folders that threads of this process write, and what is held from making one until it is listed: it is nobody's then.
 _in_use: set[Path] = set()
+_listing = threading.Lock()
 #: Held while files move over an earlier checkpoint's, so that threads' models do not mix.
 _replacing = threading.Lock()
 
@@ -59,9 +60,10 @@ def save_beside() -> None:
             raise ValueError(f"{target} is a file; give a folder to save the model in")
         _check_variants(self, target, given.get("variant"))
         target.mkdir(parents=True, exist_ok=True)
-        _clear(target)
-        work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_place()}-{os.getpid()}-", dir=target))
-        _in_use.add(work)
+        with _listing:
+            _clear(target)
+            work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_place()}-{os.getpid()}-", dir=target))
+            _in_use.add(work)
         try:
             original(self, work, *args, **kwargs)
             with _replacing:

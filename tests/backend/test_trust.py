@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 
@@ -153,6 +154,27 @@ def test_threads_saving_into_one_folder(flux_case, tmp_path):
         at_once(*(lambda m=m: m.save_pretrained(tmp_path / "all", max_shard_size="100KB") for m in models))
         assert files_of(tmp_path / "all") in wanted
         assert all(p.is_file() for p in (tmp_path / "all").iterdir())
+
+
+def test_a_folder_just_made_is_not_cleared(flux_case, tmp_path, monkeypatch):
+    """One thread saves between another's making its folder and listing it."""
+    models, others, there = [flux_case.load() for _ in range(2)], [], []
+    make = tempfile.mkdtemp
+
+    def made(**kwargs):
+        folder = make(**kwargs)
+        if not others:
+            others.append(threading.Thread(target=models[1].save_pretrained, args=(tmp_path,)))
+            others[0].start()
+            others[0].join(0.5)
+            there.append(os.path.isdir(folder))
+        return folder
+
+    monkeypatch.setattr(saving.tempfile, "mkdtemp", made)
+    models[0].save_pretrained(tmp_path)
+    others[0].join()
+    assert there == [True]
+    assert {p.name for p in tmp_path.iterdir()} == set(files_of(flux_case.quantized))
 
 
 def test_only_what_a_dead_process_left_is_cleared(flux_case, tmp_path):
