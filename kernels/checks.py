@@ -54,7 +54,9 @@ def rotation(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) 
     _device("x", x, basis=basis, signs=signs)
 
 
-def rotation_of_parts(parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int) -> None:
+def rotate_quantize_parts(
+    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int, mode: str
+) -> None:
     if not parts:
         raise ValueError("parts is empty; at least one is needed")
     first = parts[0]
@@ -68,6 +70,7 @@ def rotation_of_parts(parts: Sequence[Tensor], basis: Tensor | None, signs: Tens
     _columns("parts, side by side,", k)
     _site("parts", k, basis, signs, block)
     _device("parts[0]", first, basis=basis, signs=signs)
+    quantization(mode)
 
 
 def _site(name: str, k: int, basis: Tensor | None, signs: Tensor | None, block: int) -> None:
@@ -88,13 +91,6 @@ def quantization(mode: str) -> None:
 
 def rotate_quantize(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int, mode: str) -> None:
     rotation(x, basis, signs, block)
-    quantization(mode)
-
-
-def rotate_quantize_parts(
-    parts: Sequence[Tensor], basis: Tensor | None, signs: Tensor | None, block: int, mode: str
-) -> None:
-    rotation_of_parts(parts, basis, signs, block)
     quantization(mode)
 
 
@@ -346,11 +342,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> No
         raise ValueError(f"key has shape {list(key.shape)}; a key and a column at least are needed")
     if bias is not None:
         _shape("bias", bias, batch, key.shape[1])
-    for name, other in (("key", key), ("value", value), ("bias", bias)):
-        if other is None:
-            continue
-        _dtype(name, other, query.dtype)
-        _device("query", query, **{name: other})
+        _dtype("bias", bias, query.dtype)
+    _dtype("key", key, query.dtype)
+    _dtype("value", value, query.dtype)
+    _device("query", query, key=key, value=value, bias=bias)
 
 
 def qk_norm_rope(

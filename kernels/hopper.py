@@ -61,6 +61,15 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def rows_aligned(x: Tensor) -> Tensor:
+    """x [M, K], or a copy of it whose rows the memory accelerator takes: at multiples of 16 bytes and apart."""
+    if x.shape[0] == 1:  # a single row may have any stride
+        x = x.flatten().unsqueeze(0)
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = aligned(x)  # expanded rows, at distance 0, are copied too
+    return x
+
+
 def multiply(
     codes: Tensor, scale: Tensor, z: Tensor | None, w: Tensor, weight_scale: Tensor,
     low_rank: Tensor | None, bias: Tensor | None, gelu: bool, out: Tensor, tile: dict[str, int] | None = None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .gluon_attention import BQ, BS, REST, WIDE, narrow_attention_kernel
-from .hopper import aligned, descriptor
+from .hopper import descriptor, rows_aligned
 from .launch import cdiv, launch, multiprocessors, on_device_of
 
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
@@ -23,14 +23,7 @@ def takes(query: Tensor) -> bool:
 def _matrix(x: Tensor) -> Tensor:
     """x [B, S, H, D] as [B S, H D], copied unless the memory accelerator can read it where it lies."""
     batch, length, heads, d = x.shape
-    columns = heads * d
-    # A dimension of one may have any stride.
-    rows = x.stride(1) if length > 1 else x.stride(0) if batch > 1 else columns
-    whole = x.stride(3) == 1 and (heads == 1 or x.stride(2) == d)
-    even = batch == 1 or length == 1 or x.stride(0) == length * rows
-    if not whole or not even or rows % 8 or rows < columns or x.data_ptr() % 16:
-        x, rows = aligned(x.reshape(batch * length, columns)), columns
-    return x.as_strided((batch * length, columns), (rows, 1))
+    return rows_aligned(x.reshape(batch * length, heads * d))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
-from .hopper import aligned, descriptor
+from .hopper import aligned, descriptor, rows_aligned
 from .launch import cdiv, launch
 from .reference import scale_of_rms
 from .triton_site import sum_project_kernel, tiles_per_program
@@ -43,15 +43,6 @@ def project_chunks(row_tiles: int, blocks: int) -> int:
     return min(blocks, max(1, PROJECT_PROGRAMS // row_tiles), MOST_CHUNKS)
 
 
-def _rows_aligned(x: Tensor) -> Tensor:
-    """x [M, K], or a copy of it whose rows the memory accelerator takes: at multiples of 16 bytes and apart."""
-    if x.shape[0] == 1:  # a single row may have any stride
-        x = x.flatten().unsqueeze(0)
-    if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = aligned(x)  # expanded rows, at distance 0, are copied too
-    return x
-
-
 def _described(parts: Sequence[Tensor], rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Descriptors of one part or two, by tiles of `rows` rows."""
     return descriptor(parts[0], rows, RANK), descriptor(parts[1], rows, RANK) if len(parts) > 1 else None
@@ -68,7 +59,7 @@ def rotate_quantize(
     k, split = signs.shape[0], parts[0].shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=z.device)
     scale = torch.empty(m, dtype=torch.float32, device=z.device)
-    parts, signs = [_rows_aligned(part) for part in parts], signs.contiguous()
+    parts, signs = [rows_aligned(part) for part in parts], signs.contiguous()
     x_desc, x1_desc = _described(parts, ROWS)
     basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANK, RANK)
     tile = project_tile(m)

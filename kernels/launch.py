@@ -105,15 +105,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     known = _variants.get(key)
     if known is not None:
         variant, rest, _ = known
-        if rest is not None:
-            variant[grid](*args, *rest)
-        elif hooked():
+        directly = rest is None and not hooked()
+        if directly:
+            variant(grid, torch._C._cuda_getCurrentRawStream(device), values)
+        elif rest is None:
             kernel[grid](*args, **constants, **OPTIONS)
         else:
-            variant(grid, torch._C._cuda_getCurrentRawStream(device), values)
-            note(variant, grid, args)
-            return
-        note(None, grid, args)
+            variant[grid](*args, *rest)
+        note(variant if directly else None, grid, args)
         return
     note(None, grid, args)
     compiled = kernel[grid](*args, **constants, **OPTIONS)

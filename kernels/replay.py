@@ -47,13 +47,14 @@ def call(check: Callable[..., None], op: str, block: int, args: Sequence[Any], e
 
     block: of the Hadamard matrix. extra: whatever else decides what the op does, such as where its arguments lie.
     """
-    tensors, kind = _kind(args)
-    if not tensors:
-        check(*args)
-    compute = implementation(op, tensors[0].device, block)
-    if not _enabled or not _launches(tensors[0]) or compute.__module__ == _REFERENCE:
+    if not isinstance(args[0], Tensor) and not args[0]:
+        check(*args)  # which refuses an empty list
+    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    compute = implementation(op, first.device, block)
+    if not _enabled or not _launches(first) or compute.__module__ == _REFERENCE:
         check(*args)
         return compute(*args)
+    tensors, kind = _kind(args)
     key = (compute, extra, *kind)
     known = _known.get(key)
     hooked = _launching()[0]()  # by a profiler of Triton's, which hears of Triton's own launches alone

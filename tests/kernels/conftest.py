@@ -22,3 +22,17 @@ def nothing_repeated():
     from dirotq.kernels import replay
 
     replay.enable(False)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Tensors of the CPU pass for a GPU's, and calls are repeated."""
+    from dirotq.kernels import launch, replay
+
+    monkeypatch.setattr(replay, "_launches", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(launch, "_variants", {})
+    replay.enable(True)
+    yield
+    replay.enable(False)

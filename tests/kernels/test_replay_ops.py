@@ -1,0 +1,208 @@
+"""Every op repeated launches what the op itself launches, on other memory: as far as Python sees, and on a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dirotq import kernels
+from dirotq.kernels import backend, replay
+from dirotq.kernels import launch as launching
+
+from .offline import needs_gluon
+
+
+class Tensors:
+    """Random arguments of all ops, others for each seed."""
+
+    def __init__(self, m, seed, k=1152, n=2304):
+        make = torch.Generator().manual_seed(seed)
+        self.rows = torch.randn(2, m // 2, k, generator=make).bfloat16()
+        self.wide = torch.randn(2, m // 2, n, generator=make).bfloat16()
+        self.basis = torch.randn(k, 64, generator=make).bfloat16()
+        self.signs = torch.ones(k, dtype=torch.int8)
+        self.weights = [torch.randint(0, 256, (n, k // 2), generator=make).byte() for _ in range(3)]
+        self.scales = [torch.rand(n, generator=make) for _ in range(3)]
+        self.groups = torch.rand(n, k // 64, generator=make).bfloat16()
+        self.low_ranks = [torch.randn(n, 64, generator=make).bfloat16() for _ in range(3)]
+        self.biases = [torch.randn(n, generator=make).bfloat16() for _ in range(3)]
+        self.codes = torch.randint(-127, 128, (m, k), generator=make).to(torch.int8)
+        self.scale, self.z = torch.rand(m, generator=make), torch.randn(m, 64, generator=make).bfloat16()
+        self.modulation = torch.randn(2, 6, n, generator=make).bfloat16()
+        self.heads = torch.randn(2, m // 2, 3, 16, 72, generator=make).bfloat16()
+        self.even = torch.randn(2, m // 2, 3, 8, 64, generator=make).bfloat16()
+        self.angles = torch.randn(2, m, 64, generator=make)
+
+    def call(self, op):
+        table = list(kernels.CODEBOOK16)
+        x = self.rows.flatten(0, 1)
+        product = self.codes, self.scale, self.z, self.weights[0], self.scales[0], self.low_ranks[0], self.biases[0]
+        return {
+            "rotate_quantize": (x, self.basis, self.signs, 128, "int4"),
+            "rotate_quantize, bare": (x, None, self.signs, 128, "int8"),
+            "rotate_quantize_parts": ([x[:, :384], x[:, 384:]], self.basis, self.signs, 128, "int4"),
+            "linear_a8": (*product, table, torch.bfloat16, True),
+            "linear_a8, bare": (self.codes, self.scale, None, *product[3:5], None, None, table, torch.float32),
+            "linear_a8_add": (*product, table, [self.wide], self.modulation[:, 2]),
+            "linear_a8_add, parts": (*product, table, list(self.wide.split([1, len(x) // 2 - 1], 1)), None),
+            "linear_a8_siblings": (
+                *product[:3], self.weights, self.scales, self.low_ranks, self.biases, table, torch.bfloat16, [],
+            ),
+            "linear_a16": (x[:1].clone(), None, self.weights[0], self.groups, None, self.biases[0], table),
+            "norm_modulate": ([self.wide], self.modulation[:, 0], self.modulation[:, 1], 1e-6),
+            "attend": self.heads.unbind(2),
+            "attend, biased": (*self.heads.unbind(2), self.rows[:, :, 5].contiguous()),
+            "qk_norm_rope": (
+                [self.even[:, :, 0]], [self.even[:, :, 1]], [self.rows[0, 0, :64]], [self.rows[0, 1, :64]],
+                self.angles[0, : len(x) // 2], self.angles[1, : len(x) // 2], 1e-6,
+            ),
+        }[op]  # fmt: skip
+
+
+OPS = [
+    "rotate_quantize", "rotate_quantize, bare", "rotate_quantize_parts", "linear_a8", "linear_a8, bare",
+    "linear_a8_add", "linear_a8_add, parts", "linear_a8_siblings", "linear_a16", "norm_modulate", "attend",
+    "attend, biased", "qk_norm_rope",
+]  # fmt: skip
+
+
+@pytest.fixture
+def hopper(on_gpu, monkeypatch):
+    """Every kernel for Hopper is compiled and launched, as far as Python sees; a list of what is launched."""
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+    monkeypatch.setattr(backend, "_obstacle", lambda *arguments: None)
+    monkeypatch.setattr(launching, "_is_hopper", lambda *arguments: True)
+    monkeypatch.setattr(launching, "_multiprocessors", lambda *arguments: 132)
+
+    def first(kernel, grid):
+        return lambda *args, **constants: SimpleNamespace(kernel=kernel)
+
+    monkeypatch.setattr(JITFunction, "__getitem__", first)
+
+    def direct(compiled, rest):
+        return lambda grid, stream, values: launched.append((compiled.kernel, grid, rest, values))
+
+    monkeypatch.setattr(launching, "direct", direct)
+    monkeypatch.setattr(replay, "_same_bits", lambda a, b: True)  # nothing has been computed
+    return launched
+
+
+def on_device(argument, device):
+    """As it lies: a copy of the storage, seen as before."""
+    if isinstance(argument, list | tuple):
+        parts = [a for a in argument if isinstance(a, torch.Tensor)]
+        wholes = {a.untyped_storage().data_ptr(): a for a in parts}
+        if len(parts) > 1 and len(wholes) == 1:  # parts of one tensor
+            whole = torch.empty(0, dtype=parts[0].dtype, device=device).set_(parts[0].untyped_storage().to(device))
+            return [whole.as_strided(a.shape, a.stride(), a.storage_offset()) for a in parts]
+        return [on_device(a, device) for a in argument]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    whole = torch.empty(0, dtype=argument.dtype, device=device).set_(argument.untyped_storage().to(device))
+    return whole.as_strided(argument.shape, argument.stride(), argument.storage_offset())
+
+
+def flat(args):
+    return [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, torch.Tensor)]
+
+
+def readable(launched, args):
+    """Addresses as places in arguments, or numbered in the order they come in."""
+    named, others = flat(args), {}
+
+    def name(address):
+        for i, tensor in enumerate(named):
+            if tensor.numel() and address == tensor.data_ptr():
+                return "argument", i
+        for i, tensor in enumerate(named):
+            storage = tensor.untyped_storage()
+            if tensor.data_ptr() < address < storage.data_ptr() + storage.nbytes():
+                return "inside", i, address - tensor.data_ptr()
+        return "own", others.setdefault(address, len(others))
+
+    lines = []
+    for kernel, grid, rest, values in launched:
+        line = [kernel, grid, tuple(map(str, rest))]
+        for value in values:
+            if hasattr(value, "base"):
+                line.append((name(value.base.data_ptr()), tuple(value.shape), tuple(value.strides)))
+            elif isinstance(value, int) and value > 2**32:
+                line.append(name(value))
+            else:
+                line.append(value)
+        lines.append(line)
+    return lines
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("op", "m"),
+    [(op, m) for op in OPS for m in (8, 512)] + [(op, 8192) for op in ("rotate_quantize", "linear_a8_siblings")],
+)
+def test_ops_launch_the_same(hopper, op, m):
+    run = getattr(torch.ops.dirotq, op.split(",")[0]).default
+    args, others = Tensors(m, 0).call(op), Tensors(m, 1).call(op)
+    replay.enable(False)
+    for _ in range(2):  # the first compiles
+        hopper.clear()
+        with replay._Watch():  # keeps what the op makes, so that no address stands for two tensors
+            expected = run(*others)
+    lines = readable(hopper, others)
+    assert lines
+    replay.enable(True)
+    for _ in range(3):
+        run(*args)
+    known = list(replay._known.values())
+    assert known and all(type(one) is replay.Recording and one.proven for one in known)
+    hopper.clear()
+    results = run(*others)
+    assert readable(hopper, others) == lines
+    assert all(
+        (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        for a, b in zip(flat([expected]), flat([results]), strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [8, 512, 8192])
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_on_a_gpu(op, m):
+    run = getattr(torch.ops.dirotq, op.split(",")[0]).default
+    sets = [[on_device(a, "cuda") for a in Tensors(m, seed).call(op)] for seed in range(3)]
+    replay.enable(False)
+    expected = [flat([run(*args)]) for args in sets]
+    replay.enable(True)
+    try:
+        for _ in range(3):
+            for args, wanted in zip(sets, expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(flat([run(*args)]), wanted, strict=True))
+        known = list(replay._known.values())
+        if launching.is_hopper(torch.device("cuda")):
+            assert known and all(type(one) is replay.Recording and one.proven for one in known)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = flat([run(*sets[1])])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected[1], strict=True))
+    finally:
+        replay.enable(False)
+
+
+@needs_gluon
+def test_parts_apart_are_not_parts_together(hopper):
+    """The residual's parts are read as they lie if one tensor was split into them, and put together if not."""
+    tensors = Tensors(512, 0)
+    args = list(tensors.call("linear_a8_add, parts"))
+    run = torch.ops.dirotq.linear_a8_add.default
+    for _ in range(4):
+        run(*args)
+    hopper.clear()
+    args[8] = [torch.empty_like(tensors.wide)[:, :1], torch.empty_like(tensors.wide)[:, 1:]]
+    run(*args)
+    values = hopper[-1][3]
+    addresses = {value.base.data_ptr() if hasattr(value, "base") else value for value in values}
+    assert not addresses & {part.data_ptr() for part in args[8]}  # but of what they were put together in
