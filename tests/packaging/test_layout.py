@@ -1,5 +1,6 @@
 """The repository root as an installed package and as a ComfyUI node pack, apart and side by side."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -45,6 +46,12 @@ def test_no_foreign_top_level_name_is_installed():
         "import dirotq, sys; print([m for m in ('kernels', 'nodes', 'dirotq_core') if m in sys.modules])", cwd="/"
     )
     assert out.strip() == "[]"
+
+
+def test_tests_have_one_copy():
+    """Also under `python -m pytest` in the checkout, whose `kernels` transformers would import as the Hub's."""
+    found = importlib.util.find_spec("kernels")
+    assert found is None or ROOT not in Path(found.origin).parents
 
 
 def test_the_pack_loads_as_comfyui_loads_it_and_is_light():
