@@ -127,10 +127,10 @@ def readable(launched, args):
     lines = []
     for kernel, grid, rest, values in launched:
         line = [kernel, grid, tuple(map(str, rest))]
-        for value in values:
+        for parameter, value in zip(kernel.arg_names, values, strict=False):  # the rest are constants
             if hasattr(value, "base"):
                 line.append((name(value.base.data_ptr()), tuple(value.shape), tuple(value.strides)))
-            elif isinstance(value, int) and value > 2**32:
+            elif parameter.endswith("_ptr"):
                 line.append(name(value))
             else:
                 line.append(value)
