@@ -46,10 +46,12 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         projected = [[projection(x).unflatten(-1, heads) for projection in linears] for x, *linears in inputs]
         queries, keys, values = ([part[i] for part in projected] for i in range(3))
         cos, sin = (angles.to(queries[0].device) for angles in image_rotary_emb)
-        query, key = qk_norm_rope(
-            queries, keys, [_weight(n) for n, _ in norms], [_weight(n) for _, n in norms], cos, sin, attn.norm_q.eps
-        )
-        value = values[0] if len(values) == 1 else torch.cat(values, 1)
+        query, key, value = qk_norm_rope(
+            queries, keys, values if len(values) > 1 else [], [_weight(n) for n, _ in norms],
+            [_weight(n) for _, n in norms], cos, sin, attn.norm_q.eps,
+        )  # fmt: skip
+        if len(values) == 1:
+            value = values[0]
         out = dispatch_attention_fn(
             query, key, value,
             attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config,
@@ -83,10 +85,10 @@ def applies(attn: FluxAttention, rotary: Any) -> bool:
 
 def _weight(norm: nn.RMSNorm) -> torch.Tensor:
     """The norm's weight. Hooks of accelerate and diffusers, which keep it elsewhere, bring it in for a forward only."""
-    registry: Any = getattr(norm, "_diffusers_hook", None)
+    registry, hook = vars(norm).get("_diffusers_hook"), vars(norm).get("_hf_hook")
     hooks = [] if registry is None else [registry.hooks[name] for name in reversed(registry._hook_order)]
-    if hasattr(norm, "_hf_hook"):
-        hooks.append(norm._hf_hook)
+    if hook is not None:
+        hooks.append(hook)
     if not hooks:
         return norm.weight
     for hook in hooks:

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..kernels import norm_modulate
 from .flux_attention import DiRotQFluxAttnProcessor, applies
-from .fusible import fits, fits_gelu, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
+from .fusible import attended, fits, fits_gelu, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
 from .pixart_layers import BasicTransformerBlock
 
 # Plain functions: the compiler knows no way through a method of diffusers' class, which it keeps in the graph whole.
@@ -28,6 +28,10 @@ _PLAIN_GELU = activations.GELU.forward
 _PLAIN_NORM = normalization.AdaLayerNormZero.forward
 _PLAIN_DOUBLE = transformer_flux.FluxTransformerBlock.forward
 _PLAIN_SINGLE = transformer_flux.FluxSingleTransformerBlock.forward
+
+
+def _attended(attn: nn.Module, more: dict[str, Any] | None, **arguments: Any) -> Any:
+    return attended(attn, transformer_flux.FluxAttention, DiRotQFluxAttnProcessor, more, **arguments)
 
 
 class GELU(activations.GELU):
@@ -72,9 +76,9 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
             return _PLAIN_DOUBLE(self, image, text, temb, image_rotary_emb, joint_attention_kwargs)
         own, gate, shift, scale, gate_mlp = self.norm1(image, emb=temb)
         own_text, gate_text, shift_text, scale_text, gate_mlp_text = self.norm1_context(text, emb=temb)
-        image, text = self.attn(
-            hidden_states=own, encoder_hidden_states=own_text, image_rotary_emb=image_rotary_emb,
-            add=(([image], gate), ([text], gate_text)), **(joint_attention_kwargs or {}),
+        image, text = _attended(
+            self.attn, joint_attention_kwargs, hidden_states=own, encoder_hidden_states=own_text,
+            image_rotary_emb=image_rotary_emb, add=(([image], gate), ([text], gate_text)),
         )  # fmt: skip
         image = mlp(self.ff, norm_modulate([image], scale, shift, self.norm2.eps), image, gate_mlp)
         own_text = norm_modulate([text], scale_text, shift_text, self.norm2_context.eps)
@@ -120,7 +124,9 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
             inner = self.proj_mlp(normed, gelu=True)
         else:
             inner = self.act_mlp(self.proj_mlp(normed))
-        attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+        attention = _attended(
+            self.attn, joint_attention_kwargs, hidden_states=normed, image_rotary_emb=image_rotary_emb
+        )
         both = attention, inner
         sizes = [part.shape[1] for part in parts]
         if fits_sum(self.proj_out, parts, gate):

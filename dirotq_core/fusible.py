@@ -24,13 +24,34 @@ def observed(module: nn.Module) -> bool:
 
 def skippable(module: nn.Module) -> bool:
     """Whether nobody misses a call of `module`: no hooks but those that bring weights in, and no other `forward`."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
+    attributes = vars(module)  # quicker than asking the module, which searches for what it lacks
+    registry: Any = attributes.get("_diffusers_hook")
     if observed(module) or (registry is not None and not _MOVERS.issuperset(registry.hooks)):
         return False
-    if registry is not None or hasattr(module, "_hf_hook"):
+    if registry is not None or attributes.get("_hf_hook") is not None:
         return True
-    own = vars(module).get("forward")  # accelerate leaves the class's own behind when it takes its hooks off
+    own = attributes.get("forward")  # accelerate leaves the class's own behind when it takes its hooks off
     return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether a call of `module` is its class's `forward` and nothing else: it has no hooks at all."""
+    attributes = vars(module)
+    return not observed(module) and all(
+        attributes.get(name) is None for name in ("_diffusers_hook", "_hf_hook", "forward")
+    )
+
+
+def attended(attn: Any, cls: type[nn.Module], processor: type, more: dict[str, Any] | None, **arguments: Any) -> Any:
+    """`attn(**arguments, **more)`: by its processor itself if nobody waits for the call of diffusers' `cls`.
+
+    That looks the processor's signature up every time, for what in `more` it does not know. processor: one of ours,
+    which knows all `arguments`.
+    """
+    if more or type(attn) is not cls or type(attn.processor) is not processor or not bare(attn):
+        return attn(**arguments, **(more or {}))
+    call: Any = attn.processor  # which a type checker takes for one of the module's tensors
+    return call(attn, **arguments)
 
 
 def fits(linear: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +98,10 @@ def say_slower(kind: str, what: str) -> None:
 def _say_once(kind: str, what: str) -> None:
     if kind != "cpu":  # everything is PyTorch there
         logger.warning("dirotq: %s; this works in plain PyTorch and is slower than our kernels for 4 bits", what)
+
+
+def _present(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 class InputSite(PinnedDtypes):
@@ -195,24 +200,22 @@ class InputSite(PinnedDtypes):
             return False
         if self.remembers(x, True):  # the first sibling has looked
             return True
-        bias = self.members[0].bias is None
+        device, bias = x.device, self.members[0]._parameters["bias"] is None
         for m in self.members:
-            if m.weight.device != x.device or (m.bias is None) != bias:
+            own: Any = m._parameters  # quicker than as attributes, which `nn.Module` searches for
+            if own["weight"].device != device or (own["bias"] is None) != bias:
                 return False
-            if hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook"):
+            if vars(m).get("_hf_hook") is not None or vars(m).get("_diffusers_hook") is not None:
                 return False
         return True
 
     def _multiply(self, x: torch.Tensor, curved: int | None) -> tuple[torch.Tensor, ...]:
         out = self.compute(x)
         gelu = [] if curved is None else [i == curved for i in range(self.users)]
+        codes, scales, branches, biases, tables = zip(*[m.operands() for m in self.members], strict=True)
         y = ops.linear_a8_siblings(
-            out.a, out.scale, out.z,
-            [m.codes for m in self.members], [m.weight_scale for m in self.members],
-            [m.branch for m in self.members if m.branch is not None],
-            [m.bias for m in self.members if m.bias is not None],
-            self.members[0].table, x.dtype, gelu,
-        )  # fmt: skip
+            out.a, out.scale, out.z, codes, scales, _present(branches), _present(biases), tables[0], x.dtype, gelu
+        )
         return y.split([m.out_features for m in self.members], 1)
 
     def _once(self, x: torch.Tensor) -> SiteOutput:
@@ -244,7 +247,12 @@ class InputSite(PinnedDtypes):
     @property
     def reads_parts(self) -> bool:
         """Whether `compute` takes an input that lies in several tensors, one after the other along K."""
-        return self.fused and self.users == 1 and "permutation" not in self._parameters and self.absorbed is None
+        return (
+            self.fused
+            and self.users == 1
+            and "permutation" not in self._parameters
+            and self._parameters["absorbed"] is None
+        )
 
     def compute(self, x: torch.Tensor | tuple[torch.Tensor, ...]) -> SiteOutput:
         if isinstance(x, tuple):

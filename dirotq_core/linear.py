@@ -79,7 +79,7 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
     @property
     def branch(self) -> torch.Tensor | None:
         """L [N, r] of the checkpoint and beside it the columns of absorbed LoRAs, bfloat16."""
-        return as_dtype(self.low_rank, torch.bfloat16)
+        return as_dtype(self._parameters["low_rank"], torch.bfloat16)
 
     @property
     def own_low_rank(self) -> torch.Tensor | None:
@@ -91,7 +91,8 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
     def codes(self) -> torch.Tensor:
         """The weight in the ops' layout, uint8 [N, K'/2]: itself at 4 bits, else widened for the moment."""
         if self.bits == 4:
-            return self.weight
+            weight: Any = self._parameters["weight"]
+            return weight
         say_slower(
             self.weight.device.type, f"{self.format.label}-bit weights are widened to 4 bits before every product"
         )
@@ -167,8 +168,8 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
         elif out.scale is not None:
             y, gelu, add = self._lattice_product(out, x.dtype, gelu, add), False, None
         else:
-            scale = self.weight_scale.reshape(self.out_features, -1)
-            y = ops.linear_a16(out.a, out.z, self.codes, scale, self.branch, self.bias, self.table)
+            codes, scale, *rest = self.operands()
+            y = ops.linear_a16(out.a, out.z, codes, scale.reshape(self.out_features, -1), *rest)
         if gelu:
             y = nn.functional.gelu(y, approximate="tanh")
         y = y.reshape(*x.shape[:-1], self.out_features)
@@ -178,14 +179,15 @@ class DiRotQLinear(PinnedDtypes, nn.Linear):
         y = self._lattice_product(self.site(x), x[0].dtype, gelu, add)
         return y.reshape(*x[0].shape[:-1], self.out_features)
 
+    def operands(self) -> tuple[Any, ...]:
+        """What the ops take of the linear: codes, their scale, L, the bias and the table."""
+        own = self._parameters  # quicker than as attributes, which `nn.Module` searches for
+        return self.codes, own["weight_scale"], self.branch, own["bias"], self.table
+
     def _lattice_product(self, out: SiteOutput, dtype: torch.dtype, gelu: bool, add: Added | None) -> torch.Tensor:
         if add is not None:
-            return ops.linear_a8_add(
-                out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, *add
-            )
-        return ops.linear_a8(
-            out.a, out.scale, out.z, self.codes, self.weight_scale, self.branch, self.bias, self.table, dtype, gelu
-        )
+            return ops.linear_a8_add(out.a, out.scale, out.z, *self.operands(), *add)
+        return ops.linear_a8(out.a, out.scale, out.z, *self.operands(), dtype, gelu)
 
     def _dense_product(self, out: SiteOutput) -> torch.Tensor:
         """Over Ŵ in the activations' dtype, for formats that no op multiplies."""

@@ -44,7 +44,7 @@ def check_ungrouped(model: nn.Module, what: str) -> None:
 
 def group_hook(module: nn.Module) -> Any:
     """The hook by which diffusers' group offloading brings in this very module, not a block it is part of; or None."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
+    registry: Any = vars(module).get("_diffusers_hook")
     return None if registry is None else registry.get_hook("group_offloading")
 
 

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from ..kernels import attend, modulation_rows, norm_modulate
-from .fusible import fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
+from .fusible import attended, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
 from .linear import Added
 
 _PLAIN = attention.BasicTransformerBlock.forward
@@ -67,6 +67,10 @@ def simple(attn: Attention, residual: torch.Tensor) -> bool:
     )
 
 
+def _attended(attn: nn.Module, **arguments: Any) -> torch.Tensor:
+    return attended(attn, Attention, DiRotQAttnProcessor, None, **arguments)
+
+
 class BasicTransformerBlock(attention.BasicTransformerBlock):
     """diffusers' block, that of PixArt (`ada_norm_single`)."""
 
@@ -90,11 +94,13 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
         x = x.contiguous()  # the embedding of patches leaves columns apart, which two ops would copy
         rows = modulation_rows(self.scale_shift_table, timestep.reshape(len(x), -1))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.unbind(1)
-        x = self.attn1(norm_modulate([x], scale, shift, self.norm1.eps), attention_mask=attention_mask, add=([x], gate))
+        normed = norm_modulate([x], scale, shift, self.norm1.eps)
+        x = _attended(self.attn1, hidden_states=normed, attention_mask=attention_mask, add=([x], gate))
         if self.attn2 is not None:
-            x = self.attn2(
-                x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, add=([x], None)
-            )
+            x = _attended(
+                self.attn2, hidden_states=x, encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask, add=([x], None),
+            )  # fmt: skip
         return mlp(self.ff, norm_modulate([x], scale_mlp, shift_mlp, self.norm2.eps), x, gate_mlp)
 
     def _fits(self, x: torch.Tensor, timestep: torch.Tensor) -> bool:

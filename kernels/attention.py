@@ -2,38 +2,37 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import checks, replay
 
 SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? bias=None) -> Tensor"
 ROPE_SCHEMA = (
-    "(Tensor[] queries, Tensor[] keys, Tensor[] query_weights, Tensor[] key_weights, Tensor cos, Tensor sin, float eps)"
-    " -> (Tensor, Tensor)"
+    "(Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] query_weights, Tensor[] key_weights, Tensor cos,"
+    " Tensor sin, float eps) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def qk_norm_rope(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     query_weights: Sequence[Tensor],
     key_weights: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, S, H, D]: RMS norm of each head, then rotary position embedding.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys [B, S, H, D]: RMS norm of each head, then rotary position embedding; values as they are.
 
-    queries, keys: parts [B, S_i, H, D] (text, then image), put side by side along S = Σ S_i; bf16, fp16 or fp32, any
-    strides. query_weights, key_weights: [D] for each part. cos, sin [S, D] fp32, for pairs of neighbouring columns:
-    y_2j = x_2j cos_2j − x_2j+1 sin_2j, y_2j+1 = x_2j+1 cos_2j+1 + x_2j sin_2j+1. D a power of two. The norm's result is
-    rounded to the inputs' dtype before it is turned. Not differentiable.
+    queries, keys, values: parts [B, S_i, H, D] (text, then image), put side by side along S = Σ S_i; bf16, fp16 or
+    fp32, any strides; without `values` the third result is empty, too. query_weights, key_weights: [D] for each part.
+    cos, sin [S, D] fp32, for pairs of neighbouring columns: y_2j = x_2j cos_2j − x_2j+1 sin_2j, y_2j+1 =
+    x_2j+1 cos_2j+1 + x_2j sin_2j+1. D a power of two. The norm's result is rounded to the inputs' dtype before it is
+    turned. Not differentiable.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.qk_norm_rope.default(
-        list(queries), list(keys), list(query_weights), list(key_weights), cos, sin, eps
-    )
+    return replay.op("qk_norm_rope", 1, (queries, keys, values, query_weights, key_weights, cos, sin, eps))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,7 +45,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     too. Not differentiable.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.attend.default(query, key, value, bias)
+    return replay.op("attend", 1, (query, key, value, bias))
 
 
 def run_attend(query, key, value, bias=None):
@@ -58,13 +57,13 @@ def fake_attend(query, key, value, bias=None):
     return query.new_empty(query.shape)
 
 
-def run_rope(queries, keys, query_weights, key_weights, cos, sin, eps):
-    args = queries, keys, query_weights, key_weights, cos, sin, eps
+def run_rope(*args):
     return replay.call(checks.qk_norm_rope, "qk_norm_rope", 1, args)
 
 
-def fake_rope(queries, keys, query_weights, key_weights, cos, sin, eps):
-    checks.qk_norm_rope(queries, keys, query_weights, key_weights, cos, sin, eps)
+def fake_rope(*args):
+    checks.qk_norm_rope(*args)
+    queries, _, values, *_ = args
     batch, _, heads, d = queries[0].shape
     shape = (batch, sum(q.shape[1] for q in queries), heads, d)
-    return queries[0].new_empty(shape), queries[0].new_empty(shape)
+    return queries[0].new_empty(shape), queries[0].new_empty(shape), queries[0].new_empty(shape if values else 0)

@@ -351,6 +351,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> No
 def qk_norm_rope(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     query_weights: Sequence[Tensor],
     key_weights: Sequence[Tensor],
     cos: Tensor,
@@ -378,6 +379,12 @@ def qk_norm_rope(
             _dtype(f"{whose}[{i}]", weight, *FLOATS)
         _device("queries[0]", first, **{f"queries[{i}]": q, f"keys[{i}]": k})
         _device("queries[0]", first, **{f"query_weights[{i}]": wq, f"key_weights[{i}]": wk})
+    if len(values) not in (0, len(queries)):
+        raise ValueError(f"values has {len(values)} tensors for {len(queries)} queries")
+    for i, (q, v) in enumerate(zip(queries, values, strict=False)):
+        _shape(f"values[{i}]", v, *q.shape)
+        _dtype(f"values[{i}]", v, first.dtype)
+        _device("queries[0]", first, **{f"values[{i}]": v})
     length = sum(q.shape[1] for q in queries)
     for name, angles in (("cos", cos), ("sin", sin)):
         _shape(name, angles, length, d)

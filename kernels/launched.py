@@ -3,10 +3,19 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 # A compiled variant, its grid and its arguments; None for a launch that cannot be repeated without Triton's own Python.
 Note = tuple[Any, tuple[int, ...], Sequence[Any]] | None
+
+
+class Place(NamedTuple):
+    """Where memory begins: the number of a tensor and the offset there, in bytes; shape and strides of a descriptor."""
+
+    tensor: int
+    offset: int
+    tile: tuple[list[int], list[int]] | None
+
 
 _here = threading.local()
 

@@ -21,7 +21,7 @@ def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: fl
     Returns y [B, S, D] contiguous, in the dtype of x.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.norm_modulate.default(list(parts), scale, shift, eps)
+    return replay.op("norm_modulate", 1, (parts, scale, shift, eps))
 
 
 def modulation_rows(table: Tensor, timestep: Tensor) -> Tensor:

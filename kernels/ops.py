@@ -25,7 +25,7 @@ from .addend import together
 from .backend import implementation
 from .reference import dequantize as _dequantize_reference
 
-API_VERSION = 7
+API_VERSION = 8
 """Changes whenever a schema or the meaning of an op does."""
 
 SCHEMAS = {
@@ -73,7 +73,7 @@ def rotate_quantize(
     and ‖x‖² within fp32. Not differentiable; `linear` is.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.rotate_quantize.default(x, basis, signs, block, mode)
+    return replay.op("rotate_quantize", _block(signs, block), (x, basis, signs, block, mode))
 
 
 def rotate_quantize_parts(
@@ -86,7 +86,7 @@ def rotate_quantize_parts(
     (`triton_site.reads_apart`); elsewhere the parts are concatenated first. Not differentiable.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.rotate_quantize_parts.default(list(parts), basis, signs, block, mode)
+    return replay.op("rotate_quantize_parts", _block(signs, block), (parts, basis, signs, block, mode))
 
 
 def rotate(x: Tensor, basis: Tensor | None, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
@@ -114,9 +114,8 @@ def linear_a8(
     result is GELU(y) in its tanh form, rounded once as well. Not differentiable; `linear` is.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.linear_a8.default(
-        codes, scale, z, weight, weight_scale, low_rank, bias, list(table), out_dtype, gelu
-    )
+    args = codes, scale, z, weight, weight_scale, low_rank, bias, table, out_dtype, gelu
+    return replay.op("linear_a8", 1, args)
 
 
 def linear_a8_add(
@@ -137,9 +136,8 @@ def linear_a8_add(
     what this op returns is split into, are not moved. gate [B, N] of that dtype, or None for 1. Not differentiable.
     Raises ValueError naming the argument and the rule it breaks.
     """
-    return torch.ops.dirotq.linear_a8_add.default(
-        codes, scale, z, weight, weight_scale, low_rank, bias, list(table), list(residual), gate
-    )
+    args = codes, scale, z, weight, weight_scale, low_rank, bias, table, residual, gate
+    return replay.op("linear_a8_add", 1, args, _residual_together)
 
 
 def linear_a8_siblings(
@@ -158,10 +156,8 @@ def linear_a8_siblings(
 
     low_ranks, biases and gelu: one for each of `weights`, or none at all.
     """
-    return torch.ops.dirotq.linear_a8_siblings.default(
-        codes, scale, z, list(weights), list(weight_scales), list(low_ranks), list(biases), list(table), out_dtype,
-        list(gelu),
-    )  # fmt: skip
+    args = codes, scale, z, weights, weight_scales, low_ranks, biases, table, out_dtype, gelu
+    return replay.op("linear_a8_siblings", 1, args)
 
 
 def linear_a16(
@@ -179,7 +175,7 @@ def linear_a16(
     rounded; the rest as in `linear_a8`. A kernel may round a single row of bf16 to 2⁻¹⁵ of the largest of 32 neighbours
     and make NaN of what is not finite. Differentiable in x and z.
     """
-    return torch.ops.dirotq.linear_a16.default(x, z, weight, weight_scale, low_rank, bias, list(table))
+    return replay.op("linear_a16", 1, (x, z, weight, weight_scale, low_rank, bias, table))
 
 
 def linear(
@@ -249,16 +245,20 @@ def _rotate(x, basis, signs, block):
     return implementation("rotate", x.device, _block(signs, block))(x, basis, signs, block)
 
 
-def _linear_a8(*args):
-    return replay.call(checks.linear_a8, "linear_a8", 1, args)
+def _linear_a8(*args):  # without what equals the schema's default: so PyTorch calls it
+    return replay.call(checks.linear_a8, "linear_a8", 1, args if len(args) == 10 else (*args, False))
+
+
+def _residual_together(args):
+    return together(args[8])
 
 
 def _linear_a8_add(*args):
-    return replay.call(checks.linear_a8_add, "linear_a8_add", 1, args, together(args[8]))
+    return replay.call(checks.linear_a8_add, "linear_a8_add", 1, args, _residual_together(args))
 
 
 def _linear_a8_siblings(*args):
-    return replay.call(checks.linear_a8_siblings, "linear_a8_siblings", 1, args)
+    return replay.call(checks.linear_a8_siblings, "linear_a8_siblings", 1, args if len(args) == 10 else (*args, []))
 
 
 def _linear_a16(*args):

@@ -265,14 +265,16 @@ def round_columns(
 def qk_norm_rope(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     query_weights: Sequence[Tensor],
     key_weights: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """RMS norm per head, parts side by side, pairs of columns turned by their position's angles."""
-    return _norm_rope(queries, query_weights, cos, sin, eps), _norm_rope(keys, key_weights, cos, sin, eps)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMS norm per head, parts side by side, columns turned by their position's angles; values side by side."""
+    value = torch.cat(list(values), 1) if values else queries[0].new_empty(0)
+    return _norm_rope(queries, query_weights, cos, sin, eps), _norm_rope(keys, key_weights, cos, sin, eps), value
 
 
 def _norm_rope(parts: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float) -> Tensor:

@@ -13,8 +13,10 @@ is neither an argument's nor its own, or where two arguments begin. DIROTQ_REPLA
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial, reduce
+from itertools import accumulate, chain
+from operator import attrgetter, or_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .backend import implementation
-from .launched import taking_notes
+from .launched import Place, taking_notes
+from .observers import observed
 
 ENVIRONMENT = "DIROTQ_REPLAY"
 _MOST = 10_000  # kinds of arguments
+_LOOKS = attrgetter("dtype", "shape")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # no subclass that stands for something else
 _ATTEMPTS = 4  # the first one or two compile
+_APART = 512  # bytes, as PyTorch lays tensors
 _REFERENCE = f"{__package__}.reference"  # runs where there may be no Triton
 
 _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
@@ -42,29 +48,57 @@ def enable(on: bool) -> None:
     _known.clear()
 
 
-def call(check: Callable[..., None], op: str, block: int, args: Sequence[Any], extra: Any = None) -> Any:
-    """`implementation` of `op` on `args`, after `check`; the first tensor's device decides.
+def op(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any]], Any] | None = None) -> Any:
+    """The op `name` of PyTorch's namespace `dirotq` on `args`: a repetition, if nobody misses the call itself.
+
+    block and extra: as in `call`, the latter as a function of the arguments.
+    """
+    if not torch.compiler.is_compiling() and _enabled and not observed():
+        result = _repeated(name, block, args, extra)
+        if result is not None:
+            return result
+    return getattr(torch.ops.dirotq, name).default(*[list(arg) if isinstance(arg, tuple) else arg for arg in args])
+
+
+def _repeated(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any]], Any] | None) -> Any:
+    """The repetition of a recording, or None: all else, and all that is wrong, is for the op."""
+    try:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not _launches(first):
+            return None
+        compute = implementation(name, first.device, block)
+        tensors, at, kind = _kind(args)
+        known = _known.get((compute, None if extra is None else extra(args), *kind))
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return None
+    if type(known) is not Recording or not known.proven or _launching()[0]():
+        return None
+    return known.repeat(tensors, at) if _PLAIN.issuperset(map(type, tensors)) else None
+
+
+def call(check: Callable[..., None], name: str, block: int, args: Sequence[Any], extra: Any = None) -> Any:
+    """What the op `name` does: its `implementation` on `args`, after `check`; the first tensor's device decides.
 
     block: of the Hadamard matrix. extra: whatever else decides what the op does, such as where its arguments lie.
     """
     if not isinstance(args[0], Tensor) and not args[0]:
         check(*args)  # which refuses an empty list
     first: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    compute = implementation(op, first.device, block)
+    compute = implementation(name, first.device, block)
     if not _enabled or not _launches(first) or compute.__module__ == _REFERENCE:
         check(*args)
         return compute(*args)
-    tensors, kind = _kind(args)
+    tensors, at, kind = _kind(args)
     key = (compute, extra, *kind)
     known = _known.get(key)
     hooked = _launching()[0]()  # by a profiler of Triton's, which hears of Triton's own launches alone
     if type(known) is Recording and known.proven and not hooked:
-        return known.repeat(tensors)
+        return known.repeat(tensors, at)
     check(*args)
     if hooked:
         return compute(*args)
     if type(known) is Recording:
-        return _prove(key, known, tensors, compute, args)
+        return _prove(key, known, tensors, at, compute, args)
     attempts = known or 0
     if attempts >= _ATTEMPTS or not _recording.acquire(blocking=False):
         return compute(*args)
@@ -92,86 +126,66 @@ def _launches(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None  # for ROCm, Triton's launcher is another
 
 
-def _kind(args: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """All tensors among the arguments, and what they and the rest are like."""
+def _kind(args: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple]:
+    """All tensors among the arguments, their addresses, and what they and the rest are like."""
     tensors: list[Tensor] = []
-    kind: list[Any] = []
+    rest: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
             tensors.append(arg)
-            kind += (arg.dtype, arg.shape, arg.stride(), arg.data_ptr() & 15, arg.get_device())
+            rest.append(Tensor)
         elif isinstance(arg, list | tuple):
-            kind.append(len(arg))
+            rest.append(len(arg))
             if arg and isinstance(arg[0], Tensor):
-                for each in arg:
-                    tensors.append(each)
-                    kind += (each.dtype, each.shape, each.stride(), each.data_ptr() & 15, each.get_device())
+                tensors += arg
+                rest.append(Tensor)
             else:
-                kind += arg
+                rest += arg
         else:
-            kind.append(arg)
-    return tensors, kind
-
-
-class _Made(NamedTuple):
-    """A tensor that the op makes."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Tile:
-    """In place of a descriptor of tile copies: what `triton_launcher` reads of one."""
-
-    __slots__ = ("address", "shape", "strides")
-
-    def __init__(self, address: int, shape: list[int], strides: list[int]):
-        self.address, self.shape, self.strides = address, shape, strides
-
-    @property
-    def base(self) -> "_Tile":
-        return self
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class _Step(NamedTuple):
-    """A launch. fills: index of a value, of the tensor it points into and the offset there, and, of a descriptor, its
-    shape and strides."""
-
-    variant: Callable[..., None]
-    grid: tuple[int, ...]
-    values: list[Any]
-    fills: list[tuple[int, int, int, tuple | None]]
+            rest.append(arg)
+    at = list(map(Tensor.data_ptr, tensors))
+    aligned = not reduce(or_, at, 0) & 15
+    looks = map(_LOOKS, tensors), map(Tensor.stride, tensors), map(Tensor.get_device, tensors)
+    return tensors, at, (*rest, *chain(*looks), aligned or tuple(address & 15 for address in at))
 
 
 class Recording:
-    """What an op did, on tensors numbered from its arguments to those it made."""
+    """What an op did, on tensors numbered from its arguments to those it made.
 
-    def __init__(self, made: list[_Made], steps: list[_Step], outputs: list[tuple], single: bool):
-        self.made, self.steps, self.outputs, self.single = made, steps, outputs, single
+    made: makes each tensor that is returned. scratch: makes memory for all others, which begin at `offsets` there.
+    """
+
+    def __init__(
+        self, made: Sequence[Callable[[], Tensor]], scratch: Callable[[], Tensor] | None, offsets: list[int],
+        steps: list[Any], outputs: list[tuple[int, tuple | None]], single: bool,
+    ):  # fmt: skip
+        self.made, self.scratch, self.offsets = made, scratch, offsets
+        self.steps, self.outputs, self.single = steps, outputs, single
         self.proven = False
         self.failures = 0
 
-    def repeat(self, tensors: list[Tensor]) -> Any:
+    def repeat(self, tensors: list[Tensor], at: list[int]) -> Any:
+        """at: the addresses of the tensors; those of the others are added."""
         _, on_device_of, stream_of = _launching()
         with on_device_of(tensors[0]):
-            made = [torch.empty_strided(m.size, m.stride, dtype=m.dtype, device=m.device) for m in self.made]
-            everything = tensors + made
-            at = [tensor.data_ptr() for tensor in everything]
+            made = [make() for make in self.made]
+            for tensor in made:
+                at.append(tensor.data_ptr())
+            if self.scratch is not None:
+                scratch = self.scratch()
+                begin = scratch.data_ptr()
+                for offset in self.offsets:
+                    at.append(begin + offset)
             stream = stream_of(tensors[0])
-            for variant, grid, template, fills in self.steps:
-                values = template.copy()
-                for i, which, offset, tile in fills:
-                    values[i] = at[which] + offset if tile is None else _Tile(at[which] + offset, *tile)
-                variant(grid, stream, values)
-        results = tuple(
-            everything[which] if view is None else everything[which].as_strided(*view) for which, view in self.outputs
-        )
-        return results[0] if self.single else results
+            for step in self.steps:
+                step(stream, at)
+        if self.single:
+            return _viewed(made, *self.outputs[0])
+        return tuple([_viewed(made, *output) for output in self.outputs])
+
+
+def _viewed(made: list[Tensor], which: int, view: tuple | None) -> Tensor:
+    return made[which] if view is None else made[which].as_strided(*view)
 
 
 class _Watch(TorchDispatchMode):
@@ -209,25 +223,31 @@ def _record(compute: Callable[..., Any], args: Sequence[Any], tensors: list[Tens
         result = compute(*args)
     if watch.more:
         return result, None
-    everything = tensors + watch.made
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    kept = {each.untyped_storage().data_ptr() for each in results}
+    returned = [tensor for tensor in watch.made if tensor.untyped_storage().data_ptr() in kept]
+    others = [tensor for tensor in watch.made if tensor.untyped_storage().data_ptr() not in kept]
+    everything = [*tensors, *returned, *others]
     steps = []
     for note in notes:
         step = None if note is None else _step(*note, everything)
         if step is None:
             return result, None
         steps.append(step)
-    results = (result,) if isinstance(result, Tensor) else tuple(result)
-    outputs = [_output(each, everything, len(tensors)) for each in results]
+    outputs = [_output(each, returned) for each in results]
     if not steps or any(output is None for output in outputs):
         return result, None
-    made = [_Made(tuple(t.shape), t.stride(), t.dtype, t.device) for t in watch.made]
-    return result, Recording(made, steps, [o for o in outputs if o is not None], isinstance(result, Tensor))
+    made = [partial(torch.empty_strided, tuple(t.shape), t.stride(), dtype=t.dtype, device=t.device) for t in returned]
+    offsets = [0, *accumulate(-(-_bytes(tensor) // _APART) * _APART for tensor in others)]
+    scratch = partial(torch.empty, offsets.pop(), dtype=torch.uint8, device=tensors[0].device) if others else None
+    single = isinstance(result, Tensor)
+    return result, Recording(made, scratch, offsets, steps, [o for o in outputs if o is not None], single)
 
 
-def _step(variant: Any, grid: tuple[int, ...], arguments: Sequence[Any], everything: list[Tensor]) -> _Step | None:
+def _step(variant: Any, grid: tuple[int, ...], arguments: Sequence[Any], everything: list[Tensor]) -> Any:
+    """A launch as `Direct.again` has it, or None where it reads memory of somebody else."""
     values: list[Any] = []
-    fills: list[tuple[int, int, int, tuple | None]] = []
-    for i, argument in enumerate(arguments):
+    for argument in arguments:
         base = argument if isinstance(argument, Tensor) else getattr(argument, "base", None)
         if base is None or not base.data_ptr():
             values.append(0 if isinstance(argument, Tensor) else argument)
@@ -235,10 +255,8 @@ def _step(variant: Any, grid: tuple[int, ...], arguments: Sequence[Any], everyth
         place = _place(base.data_ptr(), everything)
         if place is None:
             return None
-        tile = None if base is argument else (list(argument.shape), list(argument.strides))
-        values.append(None)
-        fills.append((i, *place, tile))
-    return _Step(variant, grid, values, fills)
+        values.append(Place(*place, None if base is argument else (list(argument.shape), list(argument.strides))))
+    return variant.again(grid, values)
 
 
 def _place(address: int, everything: list[Tensor]) -> tuple[int, int] | None:
@@ -256,9 +274,9 @@ def _bytes(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _output(result: Tensor, everything: list[Tensor], arguments: int) -> tuple[int, tuple | None] | None:
+def _output(result: Tensor, returned: list[Tensor]) -> tuple[int, tuple | None] | None:
     """Which of the tensors made a result is, and how it is viewed unless as it was made."""
-    for i, tensor in enumerate(everything[arguments:], arguments):
+    for i, tensor in enumerate(returned):
         if tensor.untyped_storage().data_ptr() == result.untyped_storage().data_ptr() and tensor.dtype == result.dtype:
             if result.shape == tensor.shape and result.stride() == tensor.stride():
                 return i, None
@@ -267,14 +285,15 @@ def _output(result: Tensor, everything: list[Tensor], arguments: int) -> tuple[i
 
 
 def _prove(
-    key: tuple, recording: Recording, tensors: list[Tensor], compute: Callable[..., Any], args: Sequence[Any]
-) -> Any:
+    key: tuple, recording: Recording, tensors: list[Tensor], at: list[int], compute: Callable[..., Any],
+    args: Sequence[Any],
+) -> Any:  # fmt: skip
     """The op's result. The recording is proven if its own has the same bits, and given up if not."""
     result = compute(*args)
     if not _may_wait(tensors[0]):
         return result  # another time
     try:
-        again = recording.repeat(tensors)
+        again = recording.repeat(tensors, at)
         pairs = [(result, again)] if recording.single else list(zip(result, again, strict=True))
         recording.proven = all(_same_bits(a, b) for a, b in pairs)
     except torch.OutOfMemoryError:  # another time, but not for ever

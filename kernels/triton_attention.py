@@ -1,5 +1,5 @@
-"""Triton kernel between the projections of queries and keys and the attention: RMS norm per head and rotation by
-position, text and image put side by side, in one pass."""
+"""Triton kernel between the projections of queries, keys and values and the attention: RMS norm per head and rotation
+by position, text and image put side by side, in one pass."""
 
 from collections.abc import Sequence
 
@@ -15,21 +15,31 @@ from .triton_common import begin, narrow
 
 @triton.jit
 def qk_norm_rope_kernel(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    tokens, heads, first, q_batch, q_token, k_batch, k_token, out_batch, eps,
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    tokens, heads, first, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch, eps,
     D: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Queries (program_id(2) = 0) or keys (1) of one part [tokens, heads, D], to `out` from its token `first` on."""
+    """Queries (program_id(2) = 0), keys (1) or values (2), which are copied, of one part [tokens, heads, D], to `out`
+    from its token `first` on."""
     begin(OVERLAP)
     token = tl.program_id(0) * BS + tl.arange(0, BS)
     here = token < tokens
     batch = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, D)
+    place = (first + token).to(tl.int64)
+    if tl.program_id(2) == 2:
+        v_row = v_ptr + batch * v_batch + token.to(tl.int64)[:, None, None] * v_token
+        v_out_row = v_out_ptr + batch * out_batch + place[:, None, None] * (heads * D)
+        for start in range(0, heads, BH):
+            head = start + tl.arange(0, BH)
+            at = head[None, :, None] * D + column[None, None, :]
+            inside = here[:, None, None] & (head < heads)[None, :, None]
+            tl.store(v_out_row + at, tl.load(v_row + at, mask=inside), mask=inside)
+        return
     if tl.program_id(2) == 0:
         x_ptr, weight_ptr, out_ptr, x_token = q_ptr + batch * q_batch, q_weight_ptr, q_out_ptr, q_token
     else:
         x_ptr, weight_ptr, out_ptr, x_token = k_ptr + batch * k_batch, k_weight_ptr, k_out_ptr, k_token
-    column = tl.arange(0, D)
-    place = (first + token).to(tl.int64)
     angles = place[:, None] * D + column[None, :]
     cos = tl.load(cos_ptr + angles, mask=here[:, None], other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angles, mask=here[:, None], other=0.0).to(tl.float32)
@@ -58,32 +68,36 @@ TILE = {"BS": 1, "BH": 8, "num_warps": 1, "num_stages": 2}
 def qk_norm_rope(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     query_weights: Sequence[Tensor],
     key_weights: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = queries[0]
     batch, _, heads, d = x.shape
     length = sum(part.shape[1] for part in queries)
     with on_device_of(x):
         q_out = torch.empty((batch, length, heads, d), dtype=x.dtype, device=x.device)
         k_out = torch.empty_like(q_out)
+        v_out = torch.empty_like(q_out) if values else torch.empty(0, dtype=x.dtype, device=x.device)
         cos, sin = cos.contiguous(), sin.contiguous()
         first = 0
-        for q, k, q_weight, k_weight in zip(queries, keys, query_weights, key_weights, strict=True):
-            q, k = _rows(q), _rows(k)
+        parts = queries, keys, values or keys, query_weights, key_weights  # the keys are not read as values
+        for q, k, v, q_weight, k_weight in zip(*parts, strict=True):
+            q, k, v = _rows(q), _rows(k), _rows(v)
             tokens = q.shape[1]
             if q.numel():
                 launch(
-                    qk_norm_rope_kernel, (cdiv(tokens, TILE["BS"]), batch, 2),
-                    q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out,
-                    tokens, heads, first, q.stride(0), q.stride(1), k.stride(0), k.stride(1), q_out.stride(0), eps,
+                    qk_norm_rope_kernel, (cdiv(tokens, TILE["BS"]), batch, 3 if values else 2),
+                    q, k, v, q_weight.contiguous(), k_weight.contiguous(), cos, sin,
+                    q_out, k_out, v_out if values else k_out, tokens, heads, first,
+                    *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_out.stride(0), eps,
                     D=d, **TILE, **early(x.device),
                 )  # fmt: skip
             first += tokens
-    return q_out, k_out
+    return q_out, k_out, v_out
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -11,20 +11,129 @@ from typing import Any
 
 from triton import knobs
 
+from .launched import Place
+
 _MOST_MAPS = 20_000  # of one descriptor: every address and shape makes another
 
 # Parameters of the launcher's call after the grid, the stream and the function.
 _HOOKS_APART = ("args",)  # Triton 3.6
 _HOOKS_NAMED = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args")  # Triton 3.9
 
-Launch = Callable[[tuple[int, int, int], int, list[Any]], None]
+
+class _Maps:
+    """Descriptors of one argument as the driver wants them, by shape and strides, then by address."""
+
+    def __init__(self, meta: dict[str, Any], fill: Callable[..., Any], element: int):
+        self.meta, self.fill, self.element = meta, fill, element
+        self.known: dict[tuple, dict[int, Any]] = {}
+        self.made = 0
+
+    def of(self, address: int, shape: list[int], strides: list[int]) -> Any:
+        known = self.known.get((*shape, *strides))
+        tile = None if known is None else known.get(address)
+        return self.for_tile(shape, strides)[1](address) if tile is None else tile
+
+    def for_tile(self, shape: list[int], strides: list[int]) -> tuple[dict[int, Any], Callable[[int], Any]]:
+        """Those known for a shape and strides by address, and what makes another and keeps it there."""
+        known = self.known.setdefault((*shape, *strides), {})
+        meta = self.meta
+
+        def make(address: int) -> Any:
+            tile = self.fill(
+                address, meta["swizzle"], meta["elem_size"], self.element, meta["block_size"], shape, strides, 0
+            )
+            if self.made >= _MOST_MAPS:
+                self.made = 0
+                for of_a_tile in self.known.values():
+                    of_a_tile.clear()
+            self.made += 1
+            known[address] = tile
+            return tile
+
+        return known, make
 
 
-def direct(compiled: Any, constants: Sequence[Any]) -> Launch | None:
-    """`launch(grid, stream, args)` of a compiled kernel, or None if its launcher is another.
+class Direct:
+    """A compiled variant and what its launcher's C function is called with, beside the grid, the stream and arguments.
 
-    args: the run-time arguments, pointers as integers, descriptors as they are; constants: those that follow them.
+    maps: of its descriptors, in order. constants: what follows the run-time arguments. nested: whether the arguments
+    come as one tuple.
     """
+
+    def __init__(
+        self, c_launch: Callable[..., None], begin: Sequence[Any], maps: list[_Maps], constants: Sequence[Any],
+        nested: bool,
+    ):  # fmt: skip
+        self.begin, self.maps, self.constants = list(begin), maps, list(constants)
+        self.c_launch = _nesting(c_launch, 4 + len(self.begin)) if nested else c_launch
+        self.where: list[int] = []  # descriptors are among the arguments
+
+    def __call__(self, grid: tuple[int, ...], stream: int, args: list[Any]) -> None:
+        """args: the run-time arguments, pointers as integers, descriptors as they are."""
+        self.c_launch(*grid, stream, *self.begin, *self._flat(args), *self.constants)
+
+    def _flat(self, args: list[Any]) -> list[Any]:
+        """The arguments, with what the driver wants in place of descriptors; the first call finds where those are."""
+        if not self.maps:
+            return args
+        if not self.where:
+            self.where[:] = [i for i, arg in enumerate(args) if hasattr(arg, "base")]  # at once, for other threads
+        values: list[Any] = []
+        start = 0
+        for i, place in enumerate(self.where):
+            tile = args[place]
+            shape, strides = tile.shape, tile.strides
+            values += args[start:place]
+            values += (self.maps[i].of(tile.base.data_ptr(), shape, strides), *shape, *strides)
+            start = place + 1
+        return values + args[start:]
+
+    def again(self, grid: tuple[int, ...], args: Sequence[Any]) -> "Again":
+        """This launch, to be repeated on other memory: args are as before, but for a `Place` wherever memory is."""
+        line = [*grid, 0, *self.begin]
+        pointers: list[tuple[int, int, int]] = []
+        tiles: list[tuple[int, int, int, dict[int, Any], Callable[[int], Any]]] = []
+        for arg in args:
+            if not isinstance(arg, Place):
+                line.append(arg)
+            elif arg.tile is None:
+                pointers.append((len(line), arg.tensor, arg.offset))
+                line.append(0)
+            else:
+                shape, strides = arg.tile
+                known, make = self.maps[len(tiles)].for_tile(shape, strides)
+                tiles.append((len(line), arg.tensor, arg.offset, known, make))
+                line += (None, *shape, *strides)
+        return Again(self.c_launch, [*line, *self.constants], pointers, tiles)
+
+
+class Again:
+    """A launch repeated wherever its tensors are, with nothing left to find out."""
+
+    __slots__ = ("c_launch", "line", "pointers", "tiles")
+
+    def __init__(self, c_launch: Callable[..., None], line: list[Any], pointers: list, tiles: list):
+        self.c_launch, self.line, self.pointers, self.tiles = c_launch, line, pointers, tiles
+
+    def __call__(self, stream: int, at: Sequence[int]) -> None:
+        """at: the addresses of the tensors."""
+        line = self.line.copy()
+        line[3] = stream
+        for i, tensor, offset in self.pointers:
+            line[i] = at[tensor] + offset
+        for i, tensor, offset, known, make in self.tiles:
+            address = at[tensor] + offset
+            tile = known.get(address)
+            line[i] = make(address) if tile is None else tile
+        self.c_launch(*line)
+
+
+def _nesting(c_launch: Callable[..., None], begin: int) -> Callable[..., None]:
+    return lambda *line: c_launch(*line[:begin], line[begin:])
+
+
+def direct(compiled: Any, constants: Sequence[Any]) -> Direct | None:
+    """How to launch a compiled kernel, or None if its launcher is another. constants: those after the arguments."""
     run = compiled.run
     if type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
         return None
@@ -34,26 +143,13 @@ def direct(compiled: Any, constants: Sequence[Any]) -> Launch | None:
     if c_launch is None:
         return None
     how = tuple(inspect.signature(type(run).__call__).parameters)[6:]
-    function, flags, packed = compiled.function, (run.launch_cooperative_grid, run.launch_pdl), compiled.packed_metadata
-    end = list(constants)
-    where: list[int] = []
+    begin = [compiled.function, run.launch_cooperative_grid, run.launch_pdl]
+    packed = compiled.packed_metadata
     if how == _HOOKS_APART:
-
-        def launch(grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-            values = _flat(args, maps, where) + end
-            c_launch(*grid, stream, function, *flags, None, None, packed, None, None, None, *values)
-
-        return launch
+        return Direct(c_launch, [*begin, None, None, packed, None, None, None], maps, constants, nested=False)
     if how == _HOOKS_NAMED:
-        annotations, signature = run.arg_annotations, run.kernel_signature
-
-        def launch(grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-            values = tuple(_flat(args, maps, where) + end)
-            c_launch(
-                *grid, stream, function, *flags, packed, None, None, None, None, None, annotations, signature, values
-            )
-
-        return launch
+        more = [packed, None, None, None, None, None, run.arg_annotations, run.kernel_signature]
+        return Direct(c_launch, [*begin, *more], maps, constants, nested=True)
     return None
 
 
@@ -63,43 +159,6 @@ def hooked() -> bool:
     return bool(getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)) or bool(
         getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
     )
-
-
-class _Maps:
-    """Descriptors of one argument as the driver wants them, by address and shape."""
-
-    def __init__(self, meta: dict[str, Any], fill: Callable[..., Any], element: int):
-        self.meta, self.fill, self.element = meta, fill, element
-        self.known: dict[tuple, list[Any]] = {}
-
-    def of(self, descriptor: Any) -> list[Any]:
-        shape, strides = descriptor.shape, descriptor.strides
-        key = (descriptor.base.data_ptr(), *shape, *strides)
-        made = self.known.get(key)
-        if made is None:
-            meta = self.meta
-            tiles = self.fill(
-                key[0], meta["swizzle"], meta["elem_size"], self.element, meta["block_size"], shape, strides, 0
-            )
-            if len(self.known) >= _MOST_MAPS:
-                self.known.clear()
-            made = self.known[key] = [tiles, *shape, *strides]
-        return made
-
-
-def _flat(args: list[Any], maps: list[_Maps], where: list[int]) -> list[Any]:
-    """The arguments, with what the driver wants in place of descriptors; the first call finds out `where` they are."""
-    if not maps:
-        return args
-    if not where:
-        where[:] = [i for i, arg in enumerate(args) if hasattr(arg, "base")]  # at once: others may launch it, too
-    values: list[Any] = []
-    start = 0
-    for i, place in enumerate(where):
-        values += args[start:place]
-        values += maps[i].of(args[place])
-        start = place + 1
-    return values + args[start:]
 
 
 def _without_descriptors(run: Any, compiled: Any) -> tuple[Any, list[_Maps]]:

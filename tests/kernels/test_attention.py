@@ -18,16 +18,14 @@ ODD = [(1, (5, 67), 3, 16), (2, (1,), 1, 2), (1, (130,), 9, 64)]
 
 
 def inputs(batch, tokens, heads, d, dtype, device, seed=0):
-    """Queries and keys as columns of one wide matrix, which is how a product over siblings leaves them."""
+    """Queries, keys and values as columns of one wide matrix, which is how a product over siblings leaves them."""
     make = torch.Generator().manual_seed(seed)
     parts = [torch.randn(batch, s, 3, heads, d, generator=make) * 3 for s in tokens]
     parts = [p.to(device, dtype) for p in parts]
     weights = [(1 + torch.randn(4, d, generator=make) / 4).to(device, dtype) for _ in tokens]
     angle = torch.randn(sum(tokens), d, generator=make) * 4
-    queries, keys = [p[:, :, 0] for p in parts], [p[:, :, 1] for p in parts]
     return (
-        queries,
-        keys,
+        *([p[:, :, i] for p in parts] for i in range(3)),
         [w[0] for w in weights],
         [w[1] for w in weights],
         angle.cos().to(device),
@@ -62,12 +60,13 @@ def compare(got, given_parts, weights, cos, sin, eps, dtype):
 
 
 def check(batch, tokens, heads, d, dtype, device, eps=1e-6):
-    queries, keys, wq, wk, cos, sin = inputs(batch, tokens, heads, d, dtype, device)
-    q, k = qk_norm_rope(queries, keys, wq, wk, cos, sin, eps)
+    queries, keys, values, wq, wk, cos, sin = inputs(batch, tokens, heads, d, dtype, device)
+    q, k, v = qk_norm_rope(queries, keys, values, wq, wk, cos, sin, eps)
     compare(q, queries, wq, cos, sin, eps, dtype)
     compare(k, keys, wk, cos, sin, eps, dtype)
-    again = qk_norm_rope(queries, keys, wq, wk, cos, sin, eps)
-    assert torch.equal(q, again[0]) and torch.equal(k, again[1])
+    assert torch.equal(v, torch.cat(values, 1)) and v.is_contiguous()
+    *again, nothing = qk_norm_rope(queries, keys, [], wq, wk, cos, sin, eps)
+    assert torch.equal(q, again[0]) and torch.equal(k, again[1]) and nothing.shape == (0,) and nothing.dtype == dtype
 
 
 @settings(deadline=None, max_examples=30)
@@ -96,15 +95,24 @@ def test_cpu_interpreter(batch, tokens, heads, d, monkeypatch):
 
 
 def test_bad_input():
-    queries, keys, wq, wk, cos, sin = inputs(1, (4, 6), 3, 16, torch.bfloat16, "cpu")
+    queries, keys, values, wq, wk, cos, sin = inputs(1, (4, 6), 3, 16, torch.bfloat16, "cpu")
     for change, message in [
-        (([], [], [], []), "queries is empty"),
-        ((queries, keys[:1], wq, wk), "keys has 1 tensors for 2 queries"),
-        (([q.float() for q in queries], keys, wq, wk), r"keys\[0\] has dtype torch.bfloat16; allowed: torch.float32"),
-        ((queries, keys, [w[:8] for w in wq], wk), r"query_weights\[0\] has shape \[8\]; expected \[16\]"),
-        (([q[..., :12] for q in queries], keys, wq, wk), "12 columns a head; a power of two"),
+        (([], [], [], [], []), "queries is empty"),
+        ((queries, keys[:1], [], wq, wk), "keys has 1 tensors for 2 queries"),
+        ((queries, keys, values[:1], wq, wk), "values has 1 tensors for 2 queries"),
+        ((queries, keys, values[::-1], wq, wk), r"values\[0\] has shape \[1, 6, 3, 16\]; expected \[1, 4, 3, 16\]"),
+        (
+            (queries, keys, [v.half() for v in values], wq, wk),
+            r"values\[0\] has dtype torch.float16; allowed: torch.bfloat16",
+        ),
+        (
+            ([q.float() for q in queries], keys, [], wq, wk),
+            r"keys\[0\] has dtype torch.bfloat16; allowed: torch.float32",
+        ),
+        ((queries, keys, [], [w[:8] for w in wq], wk), r"query_weights\[0\] has shape \[8\]; expected \[16\]"),
+        (([q[..., :12] for q in queries], keys, [], wq, wk), "12 columns a head; a power of two"),
     ]:
         with pytest.raises(ValueError, match=message):
             qk_norm_rope(*change, cos, sin, 1e-6)
     with pytest.raises(ValueError, match=r"cos has shape \[9, 16\]; expected \[10, 16\]"):
-        qk_norm_rope(queries, keys, wq, wk, cos[:9], sin, 1e-6)
+        qk_norm_rope(queries, keys, values, wq, wk, cos[:9], sin, 1e-6)

@@ -16,6 +16,7 @@ from triton.compiler import compiler  # noqa: E402
 from triton.knobs import HookChain  # noqa: E402
 
 from dirotq.kernels import hopper, triton_launcher, triton_unpack  # noqa: E402
+from dirotq.kernels.launched import Place  # noqa: E402
 
 from .offline import TARGETS, compile_for, compile_gluon, descriptor, needs_gluon  # noqa: E402
 
@@ -107,10 +108,13 @@ def test_pointers_and_numbers(driver):
     assert same_as_triton(compiled, driver, args, list(values.values())) == 0
 
 
-@needs_gluon
-@pytest.mark.parametrize("parts", [1, 2])
-def test_descriptors(driver, tmp_path, parts):
-    """Made once for an address and a shape, and again for another."""
+def memory():
+    x, y, basis = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((80, 256), (80, 128), (384, 64)))
+    return x, y, basis, torch.zeros(80)
+
+
+def projection(tmp_path, parts):
+    """A kernel with descriptors compiled for `parts` of x, what makes its arguments, and its constants."""
     from dirotq.kernels.gluon_site import site_project_hopper_kernel as kernel
 
     types = {name: descriptor("bf16", 64, 64) for name in ("x_desc", "x1_desc", "basis_desc")[: 1 + parts]}
@@ -119,24 +123,70 @@ def test_descriptors(driver, tmp_path, parts):
     values = {"PROJECT": True, "ALONE": False, "ROWS": 64, "WIDTH": 2, "STAGES": 3}
     if parts == 1:
         values["x1_desc"] = None
-    compiled = compile_gluon(kernel, types, values, tmp_path)
-    x, y, basis = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((80, 256), (80, 128), (384, 64)))
-    fp32 = torch.zeros(80)
 
-    def args(x):
+    def args(x, y, basis, fp32):
         tiles = [hopper.descriptor(t, 64, 64) for t in (x, y, basis)]
         if parts == 1:
             tiles[1] = None
         return [*tiles[:2], 256, tiles[2], fp32, fp32, y, fp32, 80, 384, 64, 0.5]
 
-    constants = list(values.values())[:5]
-    assert same_as_triton(compiled, driver, args(x), constants) == 1 + parts
+    return compile_gluon(kernel, types, values, tmp_path), args, list(values.values())[:5]
+
+
+@needs_gluon
+@pytest.mark.parametrize("parts", [1, 2])
+def test_descriptors(driver, tmp_path, parts):
+    """Made once for an address and a shape, and again for another."""
+    compiled, args, constants = projection(tmp_path, parts)
+    x, *others = memory()
+    assert same_as_triton(compiled, driver, args(x, *others), constants) == 1 + parts
     driver.launches.clear()
     direct = triton_launcher.direct(compiled, constants)
     for tensor, made in ((x, 1 + parts), (x, 0), (x[1:], 1), (x[:, 64:], 1), (x, 0)):
         filled = driver.filled
-        direct(GRID, STREAM, args(tensor))
+        direct(GRID, STREAM, args(tensor, *others))
         assert driver.filled - filled == made
+
+
+@needs_gluon
+@pytest.mark.parametrize("parts", [1, 2])
+def test_again_on_other_memory(driver, tmp_path, parts):
+    """A launch that is repeated elsewhere hands the driver what a launch there does."""
+    compiled, args, constants = projection(tmp_path, parts)
+    compiled[GRID](*args(*memory()), *constants)
+    compiled.module = None
+    direct = triton_launcher.direct(compiled, constants)
+    first = args(*memory())
+    tensors = [a.base if hasattr(a, "base") else a for a in first]
+    placed = [
+        Place(i, 0, (list(a.shape), list(a.strides)) if hasattr(a, "base") else None)
+        if isinstance(tensors[i], torch.Tensor) else a
+        for i, a in enumerate(first)
+    ]  # fmt: skip
+    again = direct.again(GRID, placed)
+    for _ in range(3):
+        others = args(*memory())
+        bases = [a.base if hasattr(a, "base") else a for a in others]
+        driver.launches.clear()
+        direct(GRID, STREAM, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in others])
+        filled = driver.filled
+        again(STREAM, [a.data_ptr() if isinstance(a, torch.Tensor) else None for a in bases])
+        assert driver.filled == filled  # descriptors are kept for both
+        expected, given = driver.launches
+        assert plain(given) == plain(expected)
+
+
+def test_descriptors_are_not_kept_without_end(monkeypatch):
+    meta = dict.fromkeys(("swizzle", "elem_size", "block_size"), 0)
+    filled = []
+    maps = triton_launcher._Maps(meta, lambda address, *rest: filled.append(address) or ("map", address), 0)
+    monkeypatch.setattr(triton_launcher, "_MOST_MAPS", 10)
+    known, make = maps.for_tile([8, 8], [8, 1])
+    for i in range(95):
+        assert maps.of(i, [8, 8], [8, 1]) == ("map", i) == known[i]
+        assert sum(map(len, maps.known.values())) <= 10
+    assert filled == list(range(95))
+    assert make(7) == maps.of(7, [8, 8], [8, 1]) == ("map", 7) and len(filled) == 96
 
 
 def test_hooks_are_seen(monkeypatch):

@@ -48,7 +48,17 @@ def samples():
         "linear_nvfp4": (*nvfp4[0], z, *nvfp4[1], w.low_rank, w.bias, torch.bfloat16),
         "linear_nvfp4, bare": (*nvfp4[0], None, *nvfp4[1], None, None, torch.float32),
         "dequantize": (w.weight, w.group_scale, table, torch.bfloat16),
-        "qk_norm_rope": ([heads], [heads], [heads[0, 0, 0]], [heads[0, 0, 1]], heads[0, :, 0], heads[0, :, 1], 1e-6),
+        "qk_norm_rope": (*[[heads]] * 3, [heads[0, 0, 0]], [heads[0, 0, 1]], heads[0, :, 0], heads[0, :, 1], 1e-6),
+        "qk_norm_rope, no values": (
+            [heads],
+            [heads],
+            [],
+            [heads[0, 0, 0]],
+            [heads[0, 0, 1]],
+            heads[0, :, 0],
+            heads[0, :, 1],
+            1e-6,
+        ),
         "attend": (heads, heads[:, 1:], heads[:, :4]),
         "attend, biased": (heads, heads, heads, heads[:, :, 0, 0]),
         "modulation_rows": (heads[0, 0], heads[0, :, 0].repeat(1, 2)),
@@ -239,7 +249,7 @@ def test_two_copies_share_the_ops(tmp_path):
 
 def test_a_copy_of_another_version_is_refused(tmp_path):
     ops = copy_of_kernels(tmp_path) / "kernels" / "ops.py"
-    ops.write_text(ops.read_text().replace("API_VERSION = 7\n", "API_VERSION = 8\n"))
+    ops.write_text(ops.read_text().replace("API_VERSION = 8\n", "API_VERSION = 9\n"))
     code = "import dirotq.kernels\ntry:\n    import cloned.kernels\nexcept ImportError as error:\n    print(error)"
     said = run_python(code, cwd=tmp_path)
-    assert "API version 8" in said and "version 7" in said and str(ops) in said
+    assert "API version 9" in said and "version 8" in said and str(ops) in said

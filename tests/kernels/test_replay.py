@@ -18,6 +18,7 @@ from dirotq.kernels import launch as launching
 from dirotq.kernels import replay
 from dirotq.kernels.launch import launch
 from dirotq.kernels.launched import taking_notes
+from dirotq.kernels.triton_launcher import Direct
 
 
 def floats(address, count):
@@ -38,12 +39,12 @@ class Kernel:
 
     @staticmethod
     def direct(compiled, rest):
-        def run(grid, stream, values):
-            x, y, out, count, factor = values
-            assert grid == (1, 1, 1) and stream == 7
+        def run(*line):
+            *grid, stream, x, y, out, count, factor = line
+            assert grid == [1, 1, 1] and stream == 7
             floats(out, count)[:] = [a * factor + b for a, b in zip(floats(x, count), floats(y, count), strict=True)]
 
-        return run
+        return Direct(run, [], [], rest, nested=False)
 
 
 KERNEL = Kernel()
@@ -235,7 +236,7 @@ def test_two_arguments_at_one_address(op):
 
 
 def test_a_wrong_repetition_is_given_up(op, monkeypatch):
-    monkeypatch.setattr(replay.Recording, "repeat", lambda self, tensors: torch.zeros_like(tensors[0]))
+    monkeypatch.setattr(replay.Recording, "repeat", lambda self, tensors, at: torch.zeros_like(tensors[0]))
     for i in range(8):
         x, y = numbers(5, seed=i), numbers(5, seed=-i - 1)
         assert torch.equal(op(x, y), 4 * x + 3 * y)
@@ -245,7 +246,7 @@ def test_a_wrong_repetition_is_given_up(op, monkeypatch):
 def test_without_memory_for_a_second_result(op, monkeypatch):
     whole = replay.Recording.repeat
 
-    def repeat(self, tensors):
+    def repeat(self, tensors, at):
         raise torch.OutOfMemoryError("no more")
 
     x, y = numbers(5, seed=1), numbers(5, seed=2)
@@ -258,7 +259,7 @@ def test_without_memory_for_a_second_result(op, monkeypatch):
         assert torch.equal(op(x, y), 4 * x + 3 * y)
     assert op.runs == 6
 
-    monkeypatch.setattr(replay, "_same_bits", lambda a, b: repeat(None, None))
+    monkeypatch.setattr(replay, "_same_bits", lambda a, b: repeat(None, None, None))
     replay.enable(True)
     for _ in range(9):
         assert torch.equal(op(x, y), 4 * x + 3 * y)

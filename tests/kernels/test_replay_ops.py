@@ -4,12 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from dirotq import kernels
-from dirotq.kernels import backend, replay
+from dirotq.kernels import backend, observers, replay
 from dirotq.kernels import launch as launching
+from dirotq.kernels.launched import Place
 
 from .offline import needs_gluon
 
@@ -55,7 +60,12 @@ class Tensors:
             "attend": self.heads.unbind(2),
             "attend, biased": (*self.heads.unbind(2), self.rows[:, :, 5].contiguous()),
             "qk_norm_rope": (
-                [self.even[:, :, 0]], [self.even[:, :, 1]], [self.rows[0, 0, :64]], [self.rows[0, 1, :64]],
+                [self.even[:, :, 0]], [self.even[:, :, 1]], [], [self.rows[0, 0, :64]], [self.rows[0, 1, :64]],
+                self.angles[0, : len(x) // 2], self.angles[1, : len(x) // 2], 1e-6,
+            ),
+            "qk_norm_rope, parts": (
+                *(list(self.even[:, :, i].split([1, len(x) // 2 - 1], 1)) for i in range(3)),
+                list(self.rows[0, 0].split(64)[:2]), list(self.rows[0, 1].split(64)[:2]),
                 self.angles[0, : len(x) // 2], self.angles[1, : len(x) // 2], 1e-6,
             ),
         }[op]  # fmt: skip
@@ -64,8 +74,30 @@ class Tensors:
 OPS = [
     "rotate_quantize", "rotate_quantize, bare", "rotate_quantize_parts", "linear_a8", "linear_a8, bare",
     "linear_a8_add", "linear_a8_add, parts", "linear_a8_siblings", "linear_a16", "norm_modulate", "attend",
-    "attend, biased", "qk_norm_rope",
+    "attend, biased", "qk_norm_rope", "qk_norm_rope, parts",
 ]  # fmt: skip
+
+
+class Seen:
+    """In place of `Direct`: notes launches, and those repeated, with descriptors as they are."""
+
+    def __init__(self, launched, kernel, rest):
+        self.launched, self.kernel, self.rest = launched, kernel, rest
+
+    def __call__(self, grid, stream, values):
+        self.launched.append((self.kernel, grid, self.rest, values))
+
+    def again(self, grid, values):
+        def argument(value, at):
+            if not isinstance(value, Place):
+                return value
+            address = at[value.tensor] + value.offset
+            if value.tile is None:
+                return address
+            shape, strides = value.tile
+            return SimpleNamespace(base=SimpleNamespace(data_ptr=lambda: address), shape=shape, strides=strides)
+
+        return lambda stream, at: self(grid, stream, [argument(value, at) for value in values])
 
 
 @pytest.fixture
@@ -83,12 +115,15 @@ def hopper(on_gpu, monkeypatch):
 
     monkeypatch.setattr(JITFunction, "__getitem__", first)
 
-    def direct(compiled, rest):
-        return lambda grid, stream, values: launched.append((compiled.kernel, grid, rest, values))
-
-    monkeypatch.setattr(launching, "direct", direct)
+    monkeypatch.setattr(launching, "direct", lambda compiled, rest: Seen(launched, compiled.kernel, rest))
     monkeypatch.setattr(replay, "_same_bits", lambda a, b: True)  # nothing has been computed
     return launched
+
+
+def moved(tensor, device):
+    """A copy of the tensor's storage."""
+    storage = tensor.untyped_storage().to(device=device)
+    return torch.empty(0, dtype=tensor.dtype, device=device).set_(storage)
 
 
 def on_device(argument, device):
@@ -97,13 +132,12 @@ def on_device(argument, device):
         parts = [a for a in argument if isinstance(a, torch.Tensor)]
         wholes = {a.untyped_storage().data_ptr(): a for a in parts}
         if len(parts) > 1 and len(wholes) == 1:  # parts of one tensor
-            whole = torch.empty(0, dtype=parts[0].dtype, device=device).set_(parts[0].untyped_storage().to(device))
+            whole = moved(parts[0], device)
             return [whole.as_strided(a.shape, a.stride(), a.storage_offset()) for a in parts]
         return [on_device(a, device) for a in argument]
     if not isinstance(argument, torch.Tensor):
         return argument
-    whole = torch.empty(0, dtype=argument.dtype, device=device).set_(argument.untyped_storage().to(device))
-    return whole.as_strided(argument.shape, argument.stride(), argument.storage_offset())
+    return moved(argument, device).as_strided(argument.shape, argument.stride(), argument.storage_offset())
 
 
 def flat(args):
@@ -165,6 +199,123 @@ def test_ops_launch_the_same(hopper, op, m):
         (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
         for a, b in zip(flat([expected]), flat([results]), strict=True)
     )
+
+
+@needs_gluon
+@pytest.mark.parametrize("op", OPS)
+@torch.no_grad()
+def test_a_repetition_takes_no_dispatcher(hopper, op, monkeypatch):
+    """What PyTorch's dispatcher makes of arguments, and the functions of the package themselves, are of one kind."""
+    run = getattr(kernels, op.split(",")[0])
+    args, others = Tensors(64, 0).call(op), Tensors(64, 1).call(op)
+    replay.enable(True)
+    for _ in range(4):
+        hopper.clear()
+        run(*args)
+    lines = readable(hopper, args)
+    monkeypatch.setattr(replay, "call", lambda *arguments: pytest.fail("by the dispatcher"))
+    hopper.clear()
+    run(*others)
+    assert readable(hopper, others) == lines
+
+
+class Other(torch.Tensor):
+    pass
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@needs_gluon
+@torch.no_grad()
+def test_who_looks_sees_the_op(hopper, monkeypatch):
+    """Modes, a profiler, gradients and subclasses of tensors."""
+    args = list(Tensors(64, 0).call("linear_a8"))
+    calls = []
+    original = replay.call
+
+    def count(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(replay, "call", count)
+    replay.enable(True)
+    for _ in range(5):
+        kernels.linear_a8(*args)
+    assert len(calls) == 3
+    looking = [
+        Mode(), Functions(), torch.enable_grad(), torch.autograd.profiler.profile(), torch.device("meta"),
+        torch.inference_mode(False),
+    ]  # fmt: skip
+    for i, context in enumerate(looking[:-1]):
+        with context:
+            kernels.linear_a8(*args)
+        assert len(calls) == 4 + i, context
+    calls.clear()
+    with looking[-1], torch.no_grad():
+        kernels.linear_a8(*args)
+    assert not calls
+    kernels.linear_a8(*args[:3], args[3].as_subclass(Other), *args[4:])
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_questions_of_pytorch():
+    """Each is asked in the version installed here, and answered."""
+    for path in observers._QUESTIONS:
+        assert observers._question(path) is not None, path
+    assert not observers.observed()
+    seen = []
+
+    def look(x):
+        seen.append(observers.observed())
+        return x + 1
+
+    x = torch.ones(2)
+    torch.vmap(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    make_fx(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    with FakeTensorMode():
+        look(torch.ones(2))
+    assert seen == [True] * 5 and not observers.observed()
+
+
+@needs_gluon
+@torch.no_grad()
+def test_what_is_wrong_is_for_the_op(hopper):
+    args = list(Tensors(64, 0).call("linear_a8"))
+    replay.enable(True)
+    for _ in range(4):
+        kernels.linear_a8(*args)
+    for place, wrong in ((7, [[1]] * 16), (7, 3), (0, []), (3, "weight"), (4, torch.ones(3))):
+        with pytest.raises((RuntimeError, ValueError, TypeError), match=r"linear_a8|weight_scale"):
+            kernels.linear_a8(*args[:place], wrong, *args[place + 1 :])
+    siblings = list(Tensors(64, 0).call("linear_a8_siblings"))
+    for wrong in ([], [None], [siblings[3][0], 3]):
+        with pytest.raises((RuntimeError, ValueError, TypeError), match=r"linear_a8_siblings|weights"):
+            kernels.linear_a8_siblings(*siblings[:3], wrong, *siblings[4:])
+
+
+@needs_gluon
+@torch.no_grad()
+def test_another_backend_from_now_on(hopper, monkeypatch):
+    args = Tensors(64, 0).call("norm_modulate")
+    replay.enable(True)
+    for _ in range(4):
+        kernels.norm_modulate(*args)
+    hopper.clear()
+    monkeypatch.setenv("DIROTQ_BACKEND", "reference")
+    result = kernels.norm_modulate(*args)
+    assert not hopper
+    torch.testing.assert_close(result, backend.implementation("norm_modulate", result.device)(*args))
 
 
 @pytest.mark.gpu
