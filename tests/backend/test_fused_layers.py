@@ -257,7 +257,7 @@ def test_gates_of_a_batch(flux_case, helpers, batch):
             assert helpers.sqnr(together[i : i + 1], alone) > 45
 
 
-@pytest.mark.parametrize("name", ["norm", "norm.norm", "act_mlp", "proj_mlp", "proj_out"])
+@pytest.mark.parametrize("name", ["attn", "norm", "norm.norm", "act_mlp", "proj_mlp", "proj_out"])
 def test_hooks_of_diffusers_run(flux_case, helpers, name):
     model = flux_case.load()
     plain = helpers.run(model)
@@ -265,6 +265,29 @@ def test_hooks_of_diffusers_run(flux_case, helpers, name):
     module = model.single_transformer_blocks[0].get_submodule(name)
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "counting")
     assert helpers.sqnr(helpers.run(model), plain) > 25 and hook.calls == 1
+
+
+@pytest.mark.parametrize("stack", ["transformer_blocks", "single_transformer_blocks"])
+def test_an_attention_is_called_where_that_makes_a_difference(flux_case, helpers, stack, monkeypatch):
+    """Its processor is otherwise; diffusers' own `forward` names arguments that no processor knows, and leaves them."""
+    model = flux_case.load()
+    expected, attn = helpers.run(model), getattr(model, stack)[0].attn
+    calls = []
+    original = type(attn).forward
+    monkeypatch.setattr(type(attn), "forward", lambda self, *a, **kw: calls.append(kw) or original(self, *a, **kw))
+    assert torch.equal(helpers.run(model), expected) and not calls
+    with torch.no_grad():
+        output = model(**helpers.inputs(model), joint_attention_kwargs={"unknown": 1})[0]
+    assert torch.equal(output, expected) and [kw["unknown"] for kw in calls] == [1] * 3
+    calls.clear()
+    seen = []
+    attn.forward = lambda *a, **kw: seen.append(kw) or original(attn, *a, **kw)  # as accelerate wraps it
+    assert helpers.sqnr(helpers.run(model), expected) > 25 and len(seen) == 1 and not calls
+    del attn.forward
+    handle = attn.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    helpers.run(model)
+    handle.remove()
+    assert len(seen) == 2
 
 
 def test_another_activation_is_computed(flux_case, helpers):
