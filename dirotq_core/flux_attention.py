@@ -15,6 +15,7 @@ from torch import nn
 
 from ..kernels import qk_norm_rope
 from .linear import Added
+from .offloading import attribute
 
 
 class DiRotQFluxAttnProcessor(FluxAttnProcessor):
@@ -85,7 +86,7 @@ def applies(attn: FluxAttention, rotary: Any) -> bool:
 
 def _weight(norm: nn.RMSNorm) -> torch.Tensor:
     """The norm's weight. Hooks of accelerate and diffusers, which keep it elsewhere, bring it in for a forward only."""
-    registry, hook = vars(norm).get("_diffusers_hook"), vars(norm).get("_hf_hook")
+    registry, hook = attribute(norm, "_diffusers_hook"), attribute(norm, "_hf_hook")
     hooks = [] if registry is None else [registry.hooks[name] for name in reversed(registry._hook_order)]
     if hook is not None:
         hooks.append(hook)

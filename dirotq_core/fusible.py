@@ -7,8 +7,10 @@ from typing import Any, cast
 import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .linear import DiRotQLinear
+from .offloading import attribute
 
 #: diffusers' hooks that only move or cast a module's own weights.
 _MOVERS = {
@@ -17,38 +19,39 @@ _MOVERS = {
 }  # fmt: skip
 
 
-def observed(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of torch wait for what goes in or comes out."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def skippable(module: nn.Module) -> bool:
     """Whether nobody misses a call of `module`: no hooks but those that bring weights in, and no other `forward`."""
-    attributes = vars(module)  # quicker than asking the module, which searches for what it lacks
-    registry: Any = attributes.get("_diffusers_hook")
-    if observed(module) or (registry is not None and not _MOVERS.issuperset(registry.hooks)):
+    registry: Any = attribute(module, "_diffusers_hook")
+    if has_hooks(module) or (registry is not None and not _MOVERS.issuperset(registry.hooks)):
         return False
-    if registry is not None or attributes.get("_hf_hook") is not None:
+    if registry is not None or attribute(module, "_hf_hook") is not None:
         return True
-    own = attributes.get("forward")  # accelerate leaves the class's own behind when it takes its hooks off
+    own = vars(module).get("forward")  # accelerate leaves the class's own behind when it takes its hooks off
     return own is None or getattr(own, "__func__", None) is type(module).forward
 
 
+_CALLED = ("_diffusers_hook", "_hf_hook", "forward", "_compiled_call_impl")
+
+
 def bare(module: nn.Module) -> bool:
-    """Whether a call of `module` is its class's `forward` and nothing else: it has no hooks at all."""
-    attributes = vars(module)
-    return not observed(module) and all(
-        attributes.get(name) is None for name in ("_diffusers_hook", "_hf_hook", "forward")
-    )
+    """Whether a call of `module` is its class's `forward` and nothing else: no hooks, not even on all modules."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return not everywhere and not has_hooks(module) and all(vars(module).get(name) is None for name in _CALLED)
 
 
 def attended(attn: Any, cls: type[nn.Module], processor: type, more: dict[str, Any] | None, **arguments: Any) -> Any:
     """`attn(**arguments, **more)`: by its processor itself if nobody waits for the call of diffusers' `cls`.
 
-    That looks the processor's signature up every time, for what in `more` it does not know. processor: one of ours,
-    which knows all `arguments`.
+    Its `forward` looks the processor's signature up every time, for what in `more` that does not know. processor: one
+    of ours, which knows all `arguments`. Compiled, the call costs nothing, and the compiler watches who waits for it.
     """
-    if more or type(attn) is not cls or type(attn.processor) is not processor or not bare(attn):
+    known = type(attn) is cls and type(attn.processor) is processor
+    if torch.compiler.is_compiling() or more or not known or not bare(attn):
         return attn(**arguments, **(more or {}))
     call: Any = attn.processor  # which a type checker takes for one of the module's tensors
     return call(attn, **arguments)
@@ -56,7 +59,7 @@ def attended(attn: Any, cls: type[nn.Module], processor: type, more: dict[str, A
 
 def fits(linear: nn.Module) -> bool:
     """Whether `linear` can compute its neighbours' steps, too: it is ours, without a LoRA beside it."""
-    return type(linear) is DiRotQLinear and not observed(linear)
+    return type(linear) is DiRotQLinear and not has_hooks(linear)
 
 
 def fits_gelu(act: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from .activations import ACTIVATION_FORMATS, fake_quantize, quantize_to_table
 from .derived import Derived
 from .float4 import NVFP4
 from .layout import SitePlan, Spec
+from .offloading import attribute
 from .transforms import SITE_DTYPES, hadamard_block
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class InputSite(PinnedDtypes):
             own: Any = m._parameters  # quicker than as attributes, which `nn.Module` searches for
             if own["weight"].device != device or (own["bias"] is None) != bias:
                 return False
-            if vars(m).get("_hf_hook") is not None or vars(m).get("_diffusers_hook") is not None:
+            if attribute(m, "_hf_hook") is not None or attribute(m, "_diffusers_hook") is not None:
                 return False
         return True
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """What hangs on the module itself, such as a hook, or None.
+
+    Asking the module is slow where it has none, since it searches; but a compiler watches the answer to that alone.
+    """
+    return getattr(module, name, None) if torch.compiler.is_compiling() else vars(module).get(name)
 
 
 def check_readable(model: nn.Module, what: str) -> None:
@@ -44,7 +53,7 @@ def check_ungrouped(model: nn.Module, what: str) -> None:
 
 def group_hook(module: nn.Module) -> Any:
     """The hook by which diffusers' group offloading brings in this very module, not a block it is part of; or None."""
-    registry: Any = vars(module).get("_diffusers_hook")
+    registry: Any = attribute(module, "_diffusers_hook")
     return None if registry is None else registry.get_hook("group_offloading")
 
 

@@ -38,6 +38,7 @@ _REFERENCE = f"{__package__}.reference"  # runs where there may be no Triton
 _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 # By kind: a recording, or how often it was tried in vain.
 _known: dict[tuple, Any] = {}
+_repeating: set[str] = set()  # ops with a recording that was proven
 _recording = threading.Lock()  # PyTorch keeps in one place for all threads that there is a dispatch mode
 
 
@@ -46,6 +47,7 @@ def enable(on: bool) -> None:
     global _enabled
     _enabled = on
     _known.clear()
+    _repeating.clear()
 
 
 def op(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any]], Any] | None = None) -> Any:
@@ -53,7 +55,7 @@ def op(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any
 
     block and extra: as in `call`, the latter as a function of the arguments.
     """
-    if not torch.compiler.is_compiling() and _enabled and not observed():
+    if not torch.compiler.is_compiling() and name in _repeating and not observed():
         result = _repeated(name, block, args, extra)
         if result is not None:
             return result
@@ -63,8 +65,8 @@ def op(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any
 def _repeated(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any]], Any] | None) -> Any:
     """The repetition of a recording, or None: all else, and all that is wrong, is for the op."""
     try:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if not _launches(first):
+        first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+        if type(first) not in _PLAIN or not _launches(first):
             return None
         compute = implementation(name, first.device, block)
         tensors, at, kind = _kind(args)
@@ -73,7 +75,9 @@ def _repeated(name: str, block: int, args: Sequence[Any], extra: Callable[[Seque
         return None
     if type(known) is not Recording or not known.proven or _launching()[0]():
         return None
-    return known.repeat(tensors, at) if _PLAIN.issuperset(map(type, tensors)) else None
+    if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return None  # the dispatcher unwraps such tensors, and negates those
+    return known.repeat(tensors, at)
 
 
 def call(check: Callable[..., None], name: str, block: int, args: Sequence[Any], extra: Any = None) -> Any:
@@ -98,7 +102,7 @@ def call(check: Callable[..., None], name: str, block: int, args: Sequence[Any],
     if hooked:
         return compute(*args)
     if type(known) is Recording:
-        return _prove(key, known, tensors, at, compute, args)
+        return _prove(name, key, known, tensors, at, compute, args)
     attempts = known or 0
     if attempts >= _ATTEMPTS or not _recording.acquire(blocking=False):
         return compute(*args)
@@ -249,8 +253,13 @@ def _step(variant: Any, grid: tuple[int, ...], arguments: Sequence[Any], everyth
     values: list[Any] = []
     for argument in arguments:
         base = argument if isinstance(argument, Tensor) else getattr(argument, "base", None)
-        if base is None or not base.data_ptr():
-            values.append(0 if isinstance(argument, Tensor) else argument)
+        if base is None:
+            values.append(argument)
+            continue
+        if not base.data_ptr():
+            if base is not argument:
+                return None
+            values.append(0)
             continue
         place = _place(base.data_ptr(), everything)
         if place is None:
@@ -285,7 +294,7 @@ def _output(result: Tensor, returned: list[Tensor]) -> tuple[int, tuple | None] 
 
 
 def _prove(
-    key: tuple, recording: Recording, tensors: list[Tensor], at: list[int], compute: Callable[..., Any],
+    name: str, key: tuple, recording: Recording, tensors: list[Tensor], at: list[int], compute: Callable[..., Any],
     args: Sequence[Any],
 ) -> Any:  # fmt: skip
     """The op's result. The recording is proven if its own has the same bits, and given up if not."""
@@ -300,7 +309,9 @@ def _prove(
         recording.failures += 1
         if recording.failures < _ATTEMPTS:
             return result
-    if not recording.proven:
+    if recording.proven:
+        _repeating.add(name)
+    else:
         _known[key] = _ATTEMPTS
     return result
 

@@ -35,22 +35,28 @@ class _Maps:
 
     def for_tile(self, shape: list[int], strides: list[int]) -> tuple[dict[int, Any], Callable[[int], Any]]:
         """Those known for a shape and strides by address, and what makes another and keeps it there."""
-        known = self.known.setdefault((*shape, *strides), {})
-        meta = self.meta
+        key, meta = (*shape, *strides), self.meta
+        known = self.known.setdefault(key, {})
 
         def make(address: int) -> Any:
             tile = self.fill(
                 address, meta["swizzle"], meta["elem_size"], self.element, meta["block_size"], shape, strides, 0
             )
             if self.made >= _MOST_MAPS:
-                self.made = 0
-                for of_a_tile in self.known.values():
-                    of_a_tile.clear()
+                self._forget()
             self.made += 1
             known[address] = tile
+            self.known[key] = known  # a repeated launch has it, when all others have forgotten it
             return tile
 
         return known, make
+
+    def _forget(self) -> None:
+        self.made = 0
+        everything = list(self.known.values())  # at once: other threads add to it
+        self.known.clear()
+        for of_a_tile in everything:
+            of_a_tile.clear()
 
 
 class Direct:

@@ -288,6 +288,41 @@ def test_an_attention_is_called_where_that_makes_a_difference(flux_case, helpers
     helpers.run(model)
     handle.remove()
     assert len(seen) == 2
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module))
+    helpers.run(model)
+    handle.remove()
+    assert sum(module is attn for module in seen[2:]) == 1
+    graphs = []
+    attn.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert helpers.sqnr(helpers.run(model), expected) > 25 and graphs
+    torch._dynamo.reset()
+
+
+class Louder(Counting):
+    def post_forward(self, module, output):
+        return 30 * output
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ("flux", "transformer_blocks.0.norm2"),
+        ("flux", "single_transformer_blocks.0.attn"),
+        ("pixart", "transformer_blocks.0.attn1"),
+        ("pixart", "transformer_blocks.0.ff"),
+    ],
+)
+def test_a_hook_set_after_compiling_runs(flux_case, pixart_case, helpers, of, name):
+    model = (pixart_case if of == "pixart" else flux_case).load()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    arguments, hook = helpers.inputs(model), Louder()
+    with torch.no_grad():
+        before = compiled(**arguments)[0]
+        HookRegistry.check_if_exists_or_initialize(model.get_submodule(name)).register_hook(hook, "louder")
+        after, expected = compiled(**arguments)[0], model(**arguments)[0]
+    assert helpers.sqnr(after, before) + 10 < helpers.sqnr(after, expected)
+    torch._dynamo.reset()
 
 
 def test_another_activation_is_computed(flux_case, helpers):

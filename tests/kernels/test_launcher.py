@@ -1,6 +1,8 @@
 """A direct launch hands the driver what Triton's own launcher hands it: `triton_launcher` against Triton, no GPU."""
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +189,25 @@ def test_descriptors_are_not_kept_without_end(monkeypatch):
         assert sum(map(len, maps.known.values())) <= 10
     assert filled == list(range(95))
     assert make(7) == maps.of(7, [8, 8], [8, 1]) == ("map", 7) and len(filled) == 96
+    for i in range(95):  # shapes, too
+        assert maps.of(1, [i, 8], [8, 1]) == ("map", 1)
+        assert len(maps.known) <= 11 and sum(map(len, maps.known.values())) <= 10
+    assert make(3) == known[3] == maps.of(3, [8, 8], [8, 1])
+
+
+def test_descriptors_in_threads(monkeypatch):
+    """One forgets them while others add shapes."""
+    meta = dict.fromkeys(("swizzle", "elem_size", "block_size"), 0)
+    maps = triton_launcher._Maps(meta, lambda address, *rest: ("map", address), 0)
+    monkeypatch.setattr(triton_launcher, "_MOST_MAPS", 20)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            work = [pool.submit(lambda j=j: [maps.of(i, [i % 50, j], [1]) for i in range(20_000)]) for j in range(4)]
+            assert all(one.result()[-1] == ("map", 19_999) for one in work)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_hooks_are_seen(monkeypatch):

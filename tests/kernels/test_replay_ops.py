@@ -262,8 +262,15 @@ def test_who_looks_sees_the_op(hopper, monkeypatch):
     with looking[-1], torch.no_grad():
         kernels.linear_a8(*args)
     assert not calls
-    kernels.linear_a8(*args[:3], args[3].as_subclass(Other), *args[4:])
-    assert len(calls) == 1
+    for i in (0, 3):
+        kernels.linear_a8(*args[:i], args[i].as_subclass(Other), *args[i + 1 :])
+    kernels.linear_a8(*args[:4], torch._neg_view(args[4]), *args[5:])
+    assert len(calls) == 3
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+    assert kernels.linear_a8(*fake).shape == (64, 2304) and len(calls) == 3
+    graph = torch.fx.symbolic_trace(lambda codes: kernels.linear_a8(codes, *args[1:]))
+    assert any("linear_a8" in str(node.target) for node in graph.graph.nodes)
 
 
 @torch.no_grad()
