@@ -35,6 +35,8 @@ _ATTEMPTS = 4  # the first one or two compile
 _APART = 512  # bytes, as PyTorch lays tensors
 _REFERENCE = f"{__package__}.reference"  # runs where there may be no Triton
 
+Extra = Callable[[Sequence[Any]], Any] | None
+
 _enabled = os.environ.get(ENVIRONMENT, "1") != "0"
 # By kind: a recording, or how often it was tried in vain.
 _known: dict[tuple, Any] = {}
@@ -50,10 +52,10 @@ def enable(on: bool) -> None:
     _repeating.clear()
 
 
-def op(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any]], Any] | None = None) -> Any:
+def op(name: str, block: int, args: Sequence[Any], extra: Extra = None) -> Any:
     """The op `name` of PyTorch's namespace `dirotq` on `args`: a repetition, if nobody misses the call itself.
 
-    block and extra: as in `call`, the latter as a function of the arguments.
+    block and extra: as in `call`.
     """
     if not torch.compiler.is_compiling() and name in _repeating and not observed():
         result = _repeated(name, block, args, extra)
@@ -62,15 +64,14 @@ def op(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any
     return getattr(torch.ops.dirotq, name).default(*[list(arg) if isinstance(arg, tuple) else arg for arg in args])
 
 
-def _repeated(name: str, block: int, args: Sequence[Any], extra: Callable[[Sequence[Any]], Any] | None) -> Any:
+def _repeated(name: str, block: int, args: Sequence[Any], extra: Extra) -> Any:
     """The repetition of a recording, or None: all else, and all that is wrong, is for the op."""
     try:
         first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
         if type(first) not in _PLAIN or not _launches(first):
             return None
-        compute = implementation(name, first.device, block)
-        tensors, at, kind = _kind(args)
-        known = _known.get((compute, None if extra is None else extra(args), *kind))
+        tensors, at, key = _kind(implementation(name, first.device, block), args, extra)
+        known = _known.get(key)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         return None
     if type(known) is not Recording or not known.proven or _launching()[0]():
@@ -80,10 +81,10 @@ def _repeated(name: str, block: int, args: Sequence[Any], extra: Callable[[Seque
     return known.repeat(tensors, at)
 
 
-def call(check: Callable[..., None], name: str, block: int, args: Sequence[Any], extra: Any = None) -> Any:
+def call(check: Callable[..., None], name: str, block: int, args: Sequence[Any], extra: Extra = None) -> Any:
     """What the op `name` does: its `implementation` on `args`, after `check`; the first tensor's device decides.
 
-    block: of the Hadamard matrix. extra: whatever else decides what the op does, such as where its arguments lie.
+    block: of the Hadamard matrix. extra: finds whatever else decides what the op does, such as where its arguments lie.
     """
     if not isinstance(args[0], Tensor) and not args[0]:
         check(*args)  # which refuses an empty list
@@ -92,8 +93,7 @@ def call(check: Callable[..., None], name: str, block: int, args: Sequence[Any],
     if not _enabled or not _launches(first) or compute.__module__ == _REFERENCE:
         check(*args)
         return compute(*args)
-    tensors, at, kind = _kind(args)
-    key = (compute, extra, *kind)
+    tensors, at, key = _kind(compute, args, extra)
     known = _known.get(key)
     hooked = _launching()[0]()  # by a profiler of Triton's, which hears of Triton's own launches alone
     if type(known) is Recording and known.proven and not hooked:
@@ -130,8 +130,8 @@ def _launches(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None  # for ROCm, Triton's launcher is another
 
 
-def _kind(args: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple]:
-    """All tensors among the arguments, their addresses, and what they and the rest are like."""
+def _kind(compute: Callable[..., Any], args: Sequence[Any], extra: Extra) -> tuple[list[Tensor], list[int], tuple]:
+    """All tensors among the arguments, their addresses, and the key of a recording: what they and the rest are like."""
     tensors: list[Tensor] = []
     rest: list[Any] = []
     for arg in args:
@@ -150,7 +150,8 @@ def _kind(args: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple]:
     at = list(map(Tensor.data_ptr, tensors))
     aligned = not reduce(or_, at, 0) & 15
     looks = map(_LOOKS, tensors), map(Tensor.stride, tensors), map(Tensor.get_device, tensors)
-    return tensors, at, (*rest, *chain(*looks), aligned or tuple(address & 15 for address in at))
+    more = None if extra is None else extra(args)
+    return tensors, at, (compute, more, *rest, *chain(*looks), aligned or tuple(address & 15 for address in at))
 
 
 class Recording:

@@ -86,7 +86,8 @@ def qk_norm_rope(
         first = 0
         parts = queries, keys, values or keys, query_weights, key_weights  # the keys are not read as values
         for q, k, v, q_weight, k_weight in zip(*parts, strict=True):
-            q, k, v = _rows(q), _rows(k), _rows(v)
+            q, k = _rows(q), _rows(k)
+            v = _rows(v) if values else k
             tokens = q.shape[1]
             if q.numel():
                 launch(
