@@ -12,12 +12,13 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_site import BM, COLUMNS, RANKS, site_project_hopper_kernel, site_quantize_hopper_kernel
+from .gluon_site_wide import WIDE, site_quantize_wide_kernel
 from .hopper import aligned, descriptor, rows_aligned
 from .launch import cdiv, launch
 from .reference import scale_of_rms
 from .triton_site import sum_project_kernel, tiles_per_program
 
-ROWS, WIDTH, RANK = BM.value, COLUMNS.value, RANKS.value  # plain numbers, quick to read
+ROWS, WIDTH, RANK, WIDE_COLUMNS = BM.value, COLUMNS.value, RANKS.value, WIDE.value  # plain numbers, quick to read
 
 # Found by measurement (benchmarks/site_tiles.py).
 PROJECT_PROGRAMS = 216
@@ -25,6 +26,8 @@ MANY_ROWS = ROWS * PROJECT_PROGRAMS  # more than these are not divided into part
 MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
+WIDE_STAGES = 3
+FEW_ROWS = 512  # for which 256 columns at a time are not faster
 # A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
@@ -41,6 +44,11 @@ def project_tile(m: int) -> dict[str, int]:
 def project_chunks(row_tiles: int, blocks: int) -> int:
     """Programs of the projection that share the rows of a tile, for `blocks` of 128 columns in K."""
     return min(blocks, max(1, PROJECT_PROGRAMS // row_tiles), MOST_CHUNKS)
+
+
+def takes_wide(k: int, split: int, mode: str) -> bool:
+    """Whether `site_quantize_wide_kernel` reads x, whose first part has `split` columns, and computes `mode`."""
+    return mode == "int4" and k % WIDE_COLUMNS == 0 and split % WIDE_COLUMNS == 0
 
 
 def _described(parts: Sequence[Tensor], rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
@@ -82,12 +90,19 @@ def rotate_quantize(
             CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     row_tiles = cdiv(m, ROWS)
-    tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
     z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
-    launch(
-        site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
-        x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5,
-        PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
-        num_warps=4, launch_pdl=True,
-    )  # fmt: skip
+    read = x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5
+    if rank and m > FEW_ROWS and takes_wide(k, split, mode):
+        tiles = tiles_per_program(row_tiles, k // WIDE_COLUMNS, multiprocessors)
+        launch(
+            site_quantize_wide_kernel, (k // WIDE_COLUMNS, cdiv(row_tiles, tiles)),
+            *read, BLOCK=block, STAGES=WIDE_STAGES, num_warps=4, launch_pdl=True,
+        )  # fmt: skip
+    else:
+        tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
+        launch(
+            site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
+            *read, PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
+            num_warps=4, launch_pdl=True,
+        )  # fmt: skip
     return codes, scale

@@ -14,6 +14,14 @@ from .triton_common import begin, narrow
 
 
 @triton.jit
+def _heads(x_row, start, heads, here, D: tl.constexpr, BH: tl.constexpr):
+    """Heads of each token from `start` on, [BS, BH, D]."""
+    head = start + tl.arange(0, BH)
+    at = head[None, :, None] * D + tl.arange(0, D)[None, None, :]
+    return tl.load(x_row + at, mask=here[:, None, None] & (head < heads)[None, :, None], other=0.0)
+
+
+@triton.jit
 def qk_norm_rope_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     tokens, heads, first, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch, eps,
@@ -40,29 +48,31 @@ def qk_norm_rope_kernel(
         x_ptr, weight_ptr, out_ptr, x_token = q_ptr + batch * q_batch, q_weight_ptr, q_out_ptr, q_token
     else:
         x_ptr, weight_ptr, out_ptr, x_token = k_ptr + batch * k_batch, k_weight_ptr, k_out_ptr, k_token
+    x_row = x_ptr + token.to(tl.int64)[:, None, None] * x_token
+    out_row = out_ptr + batch * out_batch + place[:, None, None] * (heads * D)
+    ahead = _heads(x_row, 0, heads, here, D, BH)
     angles = place[:, None] * D + column[None, :]
     cos = tl.load(cos_ptr + angles, mask=here[:, None], other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angles, mask=here[:, None], other=0.0).to(tl.float32)
     cos_even, cos_odd = tl.split(tl.reshape(cos, (BS, 1, D // 2, 2)))
     sin_even, sin_odd = tl.split(tl.reshape(sin, (BS, 1, D // 2, 2)))
     weight = tl.load(weight_ptr + column).to(tl.float32)[None, None, :]
-    x_row = x_ptr + token.to(tl.int64)[:, None, None] * x_token
-    out_row = out_ptr + batch * out_batch + place[:, None, None] * (heads * D)
     for start in range(0, heads, BH):
-        head = start + tl.arange(0, BH)
-        at = head[None, :, None] * D + column[None, None, :]
-        inside = here[:, None, None] & (head < heads)[None, :, None]
-        x = tl.load(x_row + at, mask=inside, other=0.0).to(tl.float32)
+        x = ahead.to(tl.float32)
+        ahead = _heads(x_row, start + BH, heads, here, D, BH)  # the next ones, on their way meanwhile
         mean = tl.sum(x * x, 2) / D
         x = x * (1 / tl.sqrt(mean + eps))[:, :, None] * weight
         x = narrow(x, out_ptr.dtype.element_ty).to(tl.float32)  # the norm's result is a tensor of that dtype
         even, odd = tl.split(tl.reshape(x, (BS, BH, D // 2, 2)))
         y = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
+        head = start + tl.arange(0, BH)
+        at = head[None, :, None] * D + column[None, None, :]
+        inside = here[:, None, None] & (head < heads)[None, :, None]
         tl.store(out_row + at, narrow(tl.reshape(y, (BS, BH, D)), out_ptr.dtype.element_ty), mask=inside)
 
 
-# Tile sizes and launch options, found by measurement: a token a warp, eight heads at a time.
-TILE = {"BS": 1, "BH": 8, "num_warps": 1, "num_stages": 2}
+# Tile sizes and launch options, found by measurement: a token at a time, eight heads of it.
+TILE = {"BS": 1, "BH": 8, "num_warps": 2, "num_stages": 2}
 
 
 def qk_norm_rope(

@@ -20,7 +20,7 @@ CHUNK = tl.constexpr(1024)  # columns of a warp at a time: 32 of each thread, 16
 MOST_CHUNKS = 4  # whose x the registers hold
 # Found by measurement.
 BLOCKS = {"BN": 2, "STAGES": 3, "BR": 16, "num_warps": 1, "num_stages": 2}
-PROGRAMS = 20  # on a multiprocessor
+PROGRAMS = 12  # on a multiprocessor
 
 # x · inverse, rounded, of four values: their upper bytes and their lower bytes.
 _SPLIT = tl.constexpr("""
