@@ -91,18 +91,18 @@ def rotate_quantize(
         )  # fmt: skip
     row_tiles = cdiv(m, ROWS)
     z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
-    read = x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5
+    rest = x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5
     if rank and m > FEW_ROWS and takes_wide(k, split, mode):
         tiles = tiles_per_program(row_tiles, k // WIDE_COLUMNS, multiprocessors)
         launch(
             site_quantize_wide_kernel, (k // WIDE_COLUMNS, cdiv(row_tiles, tiles)),
-            *read, BLOCK=block, STAGES=WIDE_STAGES, num_warps=4, launch_pdl=True,
+            *rest, BLOCK=block, STAGES=WIDE_STAGES, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     else:
         tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
         launch(
             site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
-            *read, PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
+            *rest, PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,
             num_warps=4, launch_pdl=True,
         )  # fmt: skip
     return codes, scale
