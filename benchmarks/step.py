@@ -30,6 +30,7 @@ import torch
 import torch._inductor.config
 from step_report import buckets, plot_profile, plot_times, table
 from torch import Tensor, nn
+from torch._inductor.async_compile import shutdown_compile_workers
 
 from dirotq import set_activation_bits
 from dirotq.dirotq_core.config import DiRotQConfig
@@ -258,6 +259,8 @@ def attempt(label: str, action: Callable[[], Any]) -> Any:
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc(limit=-4)
         print(f"{label} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        if isinstance(error, KeyboardInterrupt):  # the signal may have ended the compiler's helpers; new ones are made
+            shutdown_compile_workers()
         return None
     print(f"  {label}: {time.perf_counter() - start:.1f} s", flush=True)
     return result
