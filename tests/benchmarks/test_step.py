@@ -1,0 +1,49 @@
+"""`benchmarks/step.py` goes on when what it prepares fails or is interrupted."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("step", "step_models", "step_report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("step")
+
+
+def test_a_failure_is_named(step, capsys):
+    def fail():
+        raise ValueError("16 values are needed\nof 13")
+
+    assert step.attempt("peer", fail) is None
+    assert "peer is left out: ValueError: 16 values are needed\n" in capsys.readouterr().out
+    assert step.attempt("peer", lambda: 3) == 3
+
+
+def test_compiler_helpers_work_after_a_signal_that_ended_them(step, monkeypatch, capsys):
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+
+    monkeypatch.setattr(config, "compile_threads", 2)
+    step.shutdown_compile_workers()
+    helpers = AsyncCompile.process_pool()
+    assert helpers.submit(int, "3").result(120) == 3
+
+    def interrupted():  # as `timeout` does it: the signal goes to the whole group of processes
+        helpers.process.terminate()
+        helpers.process.wait(30)
+        raise KeyboardInterrupt
+
+    try:
+        assert step.attempt("peer", interrupted) is None
+        assert "peer is left out: KeyboardInterrupt" in capsys.readouterr().out
+        assert AsyncCompile.process_pool().submit(int, "4").result(120) == 4
+    finally:
+        step.shutdown_compile_workers()
