@@ -35,7 +35,8 @@ def main() -> None:
         basis = torch.linalg.qr(torch.randn(k, 64, device="cuda"))[0].bfloat16().contiguous()
         signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
         for values in product(*CHOICES.values()):
-            if values[-1] == 0 and values[-2] != CHOICES["RESIDENT"][0]:
+            wide = hopper_site.takes_wide(k, k, arguments.mode)
+            if values[-1] == 0 and not (wide and values[-2] == CHOICES["RESIDENT"][0]):
                 continue
             for name, value in zip(CHOICES, values, strict=True):
                 setattr(hopper_site, name, (lambda _, tile=value: tile) if name == "project_tile" else value)

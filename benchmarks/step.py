@@ -18,6 +18,7 @@ import json
 import platform
 import signal
 import statistics
+import subprocess
 import time
 import traceback
 import types
@@ -260,7 +261,10 @@ def attempt(label: str, action: Callable[[], Any]) -> Any:
         traceback.print_exc(limit=-4)
         print(f"{label} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         if isinstance(error, KeyboardInterrupt):  # the signal may have ended the compiler's helpers; new ones are made
-            shutdown_compile_workers()
+            try:
+                shutdown_compile_workers()
+            except subprocess.TimeoutExpired:  # of helpers that are alive and busy
+                traceback.print_exc(limit=-4)
         return None
     print(f"  {label}: {time.perf_counter() - start:.1f} s", flush=True)
     return result

@@ -165,7 +165,7 @@ def dequantized(model: nn.Module, quantized: nn.Module) -> nn.Module:
 # --- what people would use instead --------------------------------------------------------------------------------
 
 
-# What torchao sets for the whole process when it quantizes (tuned elementwise kernels, two minutes to compile, not ten
+# What torchao sets for the whole process when it quantizes (tuned elementwise kernels, minutes to compile, not ten
 # seconds): for its fp8 model only, here.
 TORCHAO_INDUCTOR = {
     "coordinate_descent_tuning": True,

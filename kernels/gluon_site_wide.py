@@ -3,7 +3,8 @@
 What `gluon_site.site_quantize_hopper_kernel` computes for "int4", with the same bits. One warp loads tiles with the
 tensor memory accelerator; two warpgroups have 128 columns each, one multiplying while the other rounds, and share the
 tiles of z. There is a program on a multiprocessor instead of two with 128 columns each. For 8-bit codes the operators,
-G in two parts, leave no memory for it; those of the codebook take more registers than there are.
+G in two parts, leave memory for two stages, which are too few; rounding to the codebook takes more registers than there
+are.
 """
 
 from triton.experimental import gluon
@@ -19,19 +20,19 @@ from .gluon_hopper import _next, copy_in, let_next_kernel_start, wait_for_previo
 from .gluon_site import BM, COLUMNS, HALF, RANKS, TILE_BYTES, _codes, _in_order, _rotation, barrier
 
 WIDE = gl.constexpr(256)
-TILES = gl.constexpr(4)  # of 64 columns in 256
+HALVES = gl.constexpr(4)  # of 128 columns, in 256
 
 
 @gluon.jit
 def _copy_columns(part_desc, bufs, ready, slot, row, col):
-    for i in gl.static_range(TILES):
-        copy_in(part_desc, [row, col + i * HALF], ready, bufs.index(TILES * slot + i))
+    for i in gl.static_range(HALVES):
+        copy_in(part_desc, [row, col + i * HALF], ready, bufs.index(HALVES * slot + i))
 
 
 @gluon.jit
 def _copy_x(x_desc, x1_desc, split, x_bufs, ready, slot, tile, first):
-    """A tile of x on its way; z [BM, 64] comes to the same barrier."""
-    mbarrier.expect(ready, (TILES + 1) * TILE_BYTES)
+    """A tile of x on its way. The caller copies z [BM, 64] to the same barrier."""
+    mbarrier.expect(ready, (HALVES + 1) * TILE_BYTES)
     if x1_desc is None:
         _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
     elif first < split:  # the same for all tiles of a program
@@ -45,8 +46,8 @@ def _load(x_desc, x1_desc, split, z_desc, basis_desc, x_bufs, z_bufs, full, empt
     tiles = (M + BM - 1) // BM
     tile = gl.program_id(1)
     step = gl.num_programs(1)
-    mbarrier.expect(full.index(0), TILES * TILE_BYTES)
-    for i in gl.static_range(TILES):
+    mbarrier.expect(full.index(0), HALVES * TILE_BYTES)
+    for i in gl.static_range(HALVES):
         copy_in(basis_desc, [first + i * HALF, 0], full.index(0), x_bufs.index(i))
     for i in gl.static_range(1, STAGES):  # x was complete before the kernel before this one let others start
         if tile + (i - 1) * step < tiles:
@@ -102,7 +103,7 @@ def _quantize(
         following = rows + step * BM
         scale = gl.load(scale_ptr + following, mask=following < M, other=0.0)  # on their way meanwhile
         mbarrier.wait(full.index(slot), phase)
-        at = TILES * slot + 2 * PART
+        at = HALVES * slot + 2 * PART
         total = gl.zeros([BM, COLUMNS], gl.float32, mma)
         total = warpgroup_mma(x_bufs.index(at), top, total, use_acc=False, is_async=True)
         total = warpgroup_mma(x_bufs.index(at + 1), low, total, is_async=True)
@@ -125,7 +126,7 @@ def site_quantize_wide_kernel(
     """int4 codes [M, K] int8, K and `split` multiples of 256, for scale [M] and z [M, r] bf16. G is one bf16 part."""
     flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, COLUMNS], gl.bfloat16)
     first = gl.program_id(0) * WIDE
-    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [TILES * STAGES, BM, HALF], x_desc.layout)
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [HALVES * STAGES, BM, HALF], x_desc.layout)
     z_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, RANKS], x_desc.layout)
     operators = gl.allocate_shared_memory(gl.bfloat16, [6, HALF, COLUMNS], flat)  # D H in two parts, and -G
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -1,8 +1,8 @@
 """Launching Triton kernels with little time spent on the host.
 
 `kernel[grid](…)` finds out at every launch which compiled variant its arguments ask for. A step of FLUX.1 launches some
-two thousand kernels of ours, and on a fast GPU the host then falls behind. `launch` remembers the variant by what
-decides it and calls it directly, where it can without Triton's own Python (`triton_launcher`).
+1400 kernels, and on a fast GPU the host then falls behind. `launch` remembers the variant by what decides it and calls
+it directly, where it can without Triton's own Python (`triton_launcher`).
 """
 
 from contextlib import AbstractContextManager, nullcontext

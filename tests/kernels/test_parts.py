@@ -114,23 +114,29 @@ def launched(monkeypatch):
 
 def x_of(launched):
     """What the two passes were given as x: descriptors of one or two parts, and the columns of the first."""
-    from dirotq.kernels import gluon_site
+    from dirotq.kernels import gluon_site, gluon_site_wide
 
-    passes = (gluon_site.site_project_hopper_kernel, gluon_site.site_quantize_hopper_kernel)
+    passes = (
+        gluon_site.site_project_hopper_kernel,
+        gluon_site.site_quantize_hopper_kernel,
+        gluon_site_wide.site_quantize_wide_kernel,
+    )
     named = [dict(zip(kernel.arg_names, values, strict=False)) for kernel, values in launched if kernel in passes]
     first, second = ([given_[name] for name in ("x_desc", "x1_desc", "split")] for given_ in named)
     assert all(a is b for a, b in zip(first, second, strict=True))
     return first
 
 
-@pytest.mark.parametrize("m", [1, 5, 300])
-def test_hopper_reads_two_parts_where_they_lie(m, launched):
+@pytest.mark.parametrize(
+    ("m", "first"), [(1, 128), (5, 128), (300, 128), (600, 256)]
+)  # the last: 256 columns at a time
+def test_hopper_reads_two_parts_where_they_lie(m, first, launched):
     from dirotq.kernels import triton_rotate
 
-    parts, rest = site(m, (128, 256), 8, 64)
+    parts, rest = site(m, (first, 256), 8, 64)
     triton_rotate.rotate_quantize_parts(parts, *rest, "int4")
     x, x1, split = x_of(launched)
-    assert split == 128 and x.shape == [m, 128] and x1.shape == [m, 256]
+    assert split == first and x.shape == [m, first] and x1.shape == [m, 256]
     assert [d.base.data_ptr() for d in (x, x1)] == [p.data_ptr() for p in parts]
     assert m == 1 or x1.strides == [320, 1]
 

@@ -46,8 +46,12 @@ class Tensors:
         product = self.codes, self.scale, self.z, self.weights[0], self.scales[0], self.low_ranks[0], self.biases[0]
         return {
             "rotate_quantize": (x, self.basis, self.signs, 128, "int4"),
+            "rotate_quantize, 256 columns": (x[:, :1024], self.basis[:1024], self.signs[:1024], 128, "int4"),
             "rotate_quantize, bare": (x, None, self.signs, 128, "int8"),
             "rotate_quantize_parts": ([x[:, :384], x[:, 384:]], self.basis, self.signs, 128, "int4"),
+            "rotate_quantize_parts, 256 columns": (
+                [x[:, :256], x[:, 256:1024]], self.basis[:1024], self.signs[:1024], 128, "int4",
+            ),
             "linear_a8": (*product, table, torch.bfloat16, True),
             "linear_a8, bare": (self.codes, self.scale, None, *product[3:5], None, None, table, torch.float32),
             "linear_a8_add": (*product, table, [self.wide], self.modulation[:, 2]),
@@ -72,7 +76,8 @@ class Tensors:
 
 
 OPS = [
-    "rotate_quantize", "rotate_quantize, bare", "rotate_quantize_parts", "linear_a8", "linear_a8, bare",
+    "rotate_quantize", "rotate_quantize, 256 columns", "rotate_quantize, bare", "rotate_quantize_parts",
+    "rotate_quantize_parts, 256 columns", "linear_a8", "linear_a8, bare",
     "linear_a8_add", "linear_a8_add, parts", "linear_a8_siblings", "linear_a16", "norm_modulate", "attend",
     "attend, biased", "qk_norm_rope", "qk_norm_rope, parts",
 ]  # fmt: skip

@@ -74,7 +74,7 @@ def test_taken_where_it_can_be(m, widths, rank, wide, mode, monkeypatch):
 
 
 @needs_gluon
-@pytest.mark.parametrize("block", [128, 64])
+@pytest.mark.parametrize("block", [128, 64, 32])
 @ONE_OR_TWO_PARTS
 def test_compiles(x, block, tmp_path):
     from dirotq.kernels import gluon_site_wide, hopper_site
