@@ -127,9 +127,8 @@ def x_of(launched):
     return first
 
 
-@pytest.mark.parametrize(
-    ("m", "first"), [(1, 128), (5, 128), (300, 128), (600, 256)]
-)  # the last: 256 columns at a time
+# The last has 256 columns at a time.
+@pytest.mark.parametrize(("m", "first"), [(1, 128), (5, 128), (300, 128), (600, 256)])
 def test_hopper_reads_two_parts_where_they_lie(m, first, launched):
     from dirotq.kernels import triton_rotate
 
