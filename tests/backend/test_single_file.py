@@ -1,8 +1,6 @@
 """`from_single_file`, whose files have no configuration: dense weights are quantized while they load."""
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,8 @@ from safetensors.torch import load_file, save_file
 import dirotq
 from dirotq import CheckpointError
 from dirotq.dirotq_core.single_file import convert
+
+from .. import processes
 
 NAME = "diffusion_pytorch_model.safetensors"
 PREFIX = "model.diffusion_model."
@@ -107,7 +107,7 @@ import dirotq
 from diffusers import FluxTransformer2DModel
 FluxTransformer2DModel.from_single_file(sys.argv[1])
 """
-    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True)
+    done = processes.run(script, file)
     assert "run `dirotq convert" in done.stderr.splitlines()[-1]
 
 

@@ -18,6 +18,8 @@ from dirotq import kernels
 from dirotq.dirotq_core import saving
 from dirotq.kernels import backend
 
+from .. import processes
+
 # --- saving -------------------------------------------------------------------------------------------------------
 
 #: Saves other activation bits over a checkpoint, and is killed when a part of the weights is written.
@@ -50,7 +52,7 @@ def test_killed_while_saving_over_a_checkpoint(flux_case, helpers, tmp_path, wri
     model = flux_case.load()
     model.save_pretrained(tmp_path, max_shard_size=shard)
     before = files_of(tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(write), shard], stderr=subprocess.DEVNULL)
+    killed = processes.run(KILLED, tmp_path, write, shard)
     assert killed.returncode == -signal.SIGKILL
     assert files_of(tmp_path) == before
     assert torch.equal(helpers.run(flux_case.load(tmp_path)), helpers.run(model))
@@ -111,13 +113,12 @@ def test_saving_over_the_own_source(flux_case, helpers, tmp_path, variant):
     assert torch.equal(helpers.run(flux_case.load(tmp_path, variant=variant)), expected)
 
 
-#: Waits for a line, then saves three times.
+#: Waits for the others, then saves three times.
 SAVES = """
 import sys, torch, dirotq
 from diffusers import FluxTransformer2DModel
 model = FluxTransformer2DModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
-print("ready", flush=True)
-sys.stdin.readline()
+gate.wait(100)
 for _ in range(3):
     model.save_pretrained(sys.argv[2], max_shard_size="200KB", is_main_process=sys.argv[3] == "0")
 """
@@ -128,16 +129,10 @@ def test_processes_saving_into_one_folder(flux_case, tmp_path, mains):
     """As scripts under torchrun do, all of them or with `is_main_process` of one."""
     flux_case.load().save_pretrained(tmp_path, max_shard_size="200KB")
     before = files_of(tmp_path)
-    command = [sys.executable, "-c", SAVES, str(flux_case.quantized), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([*command, main], **pipes) for main in mains]
-    assert [r.stdout.readline() for r in ranks] == ["ready\n"] * len(ranks)
+    gate = processes.CONTEXT.Barrier(len(mains))
+    ranks = [processes.start(SAVES, flux_case.quantized, tmp_path, main, gate=gate) for main in mains]
     for rank in ranks:
-        rank.stdin.write("\n")
-        rank.stdin.flush()
-    for rank in ranks:
-        said = rank.communicate(timeout=200)[1]
-        assert rank.returncode == 0, said[-2000:]
+        assert rank.wait().returncode == 0, rank.stderr[-2000:]
     assert files_of(tmp_path) == before and all(p.is_file() for p in tmp_path.iterdir())
 
 
@@ -179,7 +174,7 @@ def test_a_folder_just_made_is_not_cleared(flux_case, tmp_path, monkeypatch):
 
 def test_only_what_a_dead_process_left_is_cleared(flux_case, tmp_path):
     model, pid = flux_case.load(), os.getpid()
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = processes.run("print(os.getpid())")
     names = {f"{saving._place()}-{dead.stdout.strip()}-a": False, f"{saving._place()}-{pid}-a": False}  # pids return
     names |= {f"{saving._place()}-{os.getppid()}-a": True, f"otherhost-{pid}-a": True, "mine": True}
     for name in names:
@@ -366,7 +361,7 @@ def test_a_model_unpickled_in_a_new_process(flux_case, tmp_path):
         {f"{name}.lora_A.weight": torch.ones(4, k), f"{name}.lora_B.weight": torch.ones(n, 4)}, tmp_path / "lora"
     )
     paths = [str(tmp_path / p) for p in ("model.pt", "lora", "saved")]
-    done = subprocess.run([sys.executable, "-c", UNPICKLED, *paths], capture_output=True, text=True)
+    done = processes.run(UNPICKLED, *paths)
     assert done.returncode == 0, done.stderr[-3000:]
     count, refused = done.stdout.splitlines()
     assert int(count) == model.num_parameters() and "a LoRA is loaded" in refused

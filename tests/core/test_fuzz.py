@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from dirotq.dirotq_core.files import checkpoint_files, read_headers
 from dirotq.dirotq_core.inspect import skeleton
 from dirotq.dirotq_core.single_file import read_native
 
+from .. import processes
 from . import fuzz, fuzz_verdicts
 
 
@@ -118,7 +117,7 @@ import dirotq
 from diffusers import PixArtTransformer2DModel
 PixArtTransformer2DModel.from_pretrained(sys.argv[1])
 """
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=100)
+    done = processes.run(script, folder)
     assert "num_layers is 1000000" in done.stderr.splitlines()[-1]
 
 

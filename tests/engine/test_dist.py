@@ -11,12 +11,16 @@ from dirotq.dirotq_core.engine.dist import World
 from dirotq.dirotq_core.engine.journal import Journal, work_folder
 from dirotq.dirotq_core.report import QuantizationReport
 
+from .. import processes
 from .test_resume import CHILD
+
+#: Without a parent that waits for it.
+ALONE = CHILD.replace("ready.set()", "")
 
 
 def launch(folder, out, processes):
     script = folder / "child.py"
-    script.write_text(CHILD.replace('print("ready", flush=True)', ""))
+    script.write_text(ALONE)
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script), str(out)]
     subprocess.run([sys.executable, *command], check=True, timeout=200, cwd=Path(__file__).parents[3])
 
@@ -36,25 +40,16 @@ def test_two_processes(undisturbed, tmp_path):
     assert different < 0.01
 
 
-#: One write, because lines of two processes that are written in pieces run into each other.
-SAY = "    import os; os.write(1, f'said: {error}\\n'.encode())"
-
-
 def test_all_processes_say_what_stopped_the_first(tmp_path):
     """Not that a connection was lost."""
-    script = CHILD.replace('print("ready", flush=True)', "").splitlines()
-    script = [*script[:-1], "try:", f"    {script[-1]}", "except ValueError as error:", SAY]
-    (tmp_path / "child.py").write_text("\n".join(script))
+    *before, last = ALONE.splitlines()
+    script = "\n".join([*before, "try:", f"    {last}", "except ValueError as error:", "    print(f'said: {error}')"])
     work = work_folder(tmp_path / "out")
     with Journal(tmp_path / "out", {"a": 1}) as journal:
         journal.commit("x", {"t": torch.ones(2)}, None)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "child.py")]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "out")], capture_output=True, text=True, timeout=200,
-        cwd=Path(__file__).parents[3],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"said: {work} holds an unfinished run that was started differently") == 2
+    for done in processes.together(script, tmp_path / "out"):
+        assert done.returncode == 0, done.stderr
+        assert f"said: {work} holds an unfinished run that was started differently" in done.stdout
 
 
 def test_alone_nothing_is_split():

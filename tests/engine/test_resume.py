@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from dirotq.dirotq_core.cli import main
 from dirotq.dirotq_core.engine import estimate, journal, process, request
 from dirotq.dirotq_core.engine.journal import Journal, ResumeError, work_folder
 
+from .. import processes
 from .conftest import CAPTIONS, tree
 
 CHILD = f"""
@@ -28,14 +27,15 @@ from diffusers import FluxPipeline
 spec = importlib.util.spec_from_file_location("shared", {str(Path(__file__).with_name("conftest.py"))!r})
 shared = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shared)
-print("ready", flush=True)
+ready.set()
 shared.Short("flux-tiny").run(sys.argv[1])
 """
 
 
 def child(out):
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(out)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
+    ready = processes.CONTEXT.Event()
+    process = processes.start(CHILD, out, ready=ready)
+    assert ready.wait(100)
     return process
 
 
@@ -46,13 +46,13 @@ def test_killed_at_random_moments(reference, tmp_path):
     for _ in range(3):
         running = child(out)
         time.sleep(random_delay.uniform(0.2, 2.5))
-        running.send_signal(signal.SIGKILL)
-        kills += running.wait() == -signal.SIGKILL
+        running.kill()
+        kills += running.wait().returncode == -signal.SIGKILL
         if out.exists():
             break
         assert [p.name for p in tmp_path.iterdir()] in ([], [".out.partial"])
     running = child(out) if not out.exists() or work_folder(out).exists() else None
-    assert running is None or running.wait() == 0
+    assert running is None or running.wait().returncode == 0
     assert kills and tree(out) == reference
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -161,9 +161,9 @@ def test_a_file_may_only_be_so_large(flux, tmp_path):
     """The system's own refusal while parts are written: an error and not a crash."""
     pytest.importorskip("resource")
     script = CHILD.replace(
-        'print("ready"', 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 10**5,) * 2); print("ready"'
+        "ready.set()", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 10**5,) * 2)"
     )
-    limited = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    limited = processes.run(script, tmp_path / "out")
     assert limited.returncode == 1 and "make room and run the same command again" in limited.stderr
 
 

@@ -3,11 +3,8 @@
 import csv
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -25,6 +22,10 @@ from dirotq.dirotq_core.evaluate.prepare import CONTROL
 from dirotq.dirotq_core.inspect import format_table, inspect_checkpoint
 from dirotq.dirotq_core.layout import plan_sites
 from dirotq.dirotq_core.metrics import psnr
+
+from .. import processes
+
+COMMAND = "import sys; from dirotq.dirotq_core.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def pixels(folder, prompts):
@@ -117,17 +118,15 @@ def test_killed_and_gone_on(pixart, four, done, tmp_path):
     extra = [f"--call={name}={json.dumps(value)}" for name, value in pixart.call.items()]
     command = ["evaluate", *pixart.sources, "--reference", pixart.reference, "--out", str(out), "--prompts",
                str(prompts), "--resamples", "200", "--device", "cpu", *extra]  # fmt: skip
-    code = "import sys; from dirotq.dirotq_core.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.DEVNULL)
+    running = processes.start(COMMAND, *command)
     try:
         deadline = time.monotonic() + 120
         while not (out / "images" / "hadamard" / "scene-1.png").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert running.process.is_alive() and time.monotonic() < deadline
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
     finally:
-        process.kill()
-        process.wait()
+        running.kill()
+        assert running.wait().returncode == -signal.SIGKILL
     assert not (out / "index.html").exists() and not (out / "images" / "rtn" / "scene-3.png").exists()
     assert main(command) == 0
     assert results_of(out) == results_of(done)
@@ -256,11 +255,9 @@ def test_two_processes_make_what_one_makes(pixart, four, done, tmp_path):
     prompts.write_text(json.dumps([{"id": p.id, "prompt": p.text} for p in four]))
     out = tmp_path / "out"
     extra = [f"--call={name}={json.dumps(value)}" for name, value in pixart.call.items()]
-    child = tmp_path / "child.py"
-    child.write_text("import sys; from dirotq.dirotq_core.cli import main; sys.exit(main(sys.argv[1:]))")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(child),
-               "evaluate", *pixart.sources, "--reference", pixart.reference, "--out", str(out), "--prompts",
-               str(prompts), "--resamples", "200", "--device", "cpu", *extra]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    command = ["evaluate", *pixart.sources, "--reference", pixart.reference, "--out", out, "--prompts", prompts,
+               "--resamples", "200", "--device", "cpu", *extra]  # fmt: skip
+    for done_ in processes.together(COMMAND, *command):
+        assert done_.returncode == 0, done_.stderr
     assert (out / "scores" / "rtn" / "psnr.1.jsonl").exists()
     assert results_of(out) == results_of(done)

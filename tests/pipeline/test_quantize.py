@@ -1,8 +1,6 @@
 """`dirotq.quantize` and what users do with its result, on the embedded models."""
 
 import shutil
-import subprocess
-import sys
 
 import diffusers
 import pytest
@@ -16,6 +14,8 @@ import dirotq
 import dirotq.dirotq_core.quantize as quantize_module
 from dirotq.dirotq_core import backend
 from dirotq.dirotq_core.build import quantized_linears
+
+from .. import processes
 
 
 def test_every_planned_linear_is_reported(embedded):
@@ -43,7 +43,8 @@ def test_reloaded_in_a_new_process(pixart):
         "assert isinstance(pipe.transformer.transformer_blocks[0].ff.net[2], DiRotQLinear)\n"
         "assert pipe.transformer.transformer_blocks[0].ff.net[2].activation_bits == 4\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = processes.run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_images_stay_close(embedded):
