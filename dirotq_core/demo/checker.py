@@ -89,16 +89,21 @@ def _islands(mask: np.ndarray) -> list[np.ndarray]:
     """The 4-connected regions of a boolean mask, as masks, specks left out."""
     # A pixel takes the majority of its 3 × 3 neighbourhood, so that noise neither bridges nor frays objects.
     mask = np.sum([_shifted(mask, i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0) >= 5
-    # Every pixel starts with a number of its own; the largest number floods each region.
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        around = [_shifted(labels, i, j) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-        flooded = np.where(mask, np.maximum.reduce([labels, *around]), 0)
-        if np.array_equal(flooded, labels):
-            break
-        labels = flooded
+    # Every pixel starts with a number of its own; the largest floods its region, along rows and columns in turn.
+    labels, before = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    while before is None or not np.array_equal(labels, before):
+        labels, before = _flooded(_flooded(labels).T).T, labels
     names, counts = np.unique(labels[mask], return_counts=True)
     return [labels == name for name, count in zip(names, counts, strict=True) if count > _SPECK * mask.size]
+
+
+def _flooded(labels: np.ndarray) -> np.ndarray:
+    """Every run of numbers in a row, between zeros, as its largest number."""
+    flat = np.pad(labels, ((0, 0), (0, 1))).ravel()  # a zero ends each row
+    begins = np.diff(flat > 0, prepend=False) & (flat > 0)
+    largest = np.maximum.reduceat(flat, np.flatnonzero(begins)) if begins.any() else flat
+    flooded = np.where(flat > 0, largest[np.cumsum(begins) - 1], 0)
+    return flooded.reshape(len(labels), -1)[:, :-1]
 
 
 def _shifted(a: np.ndarray, down: int, right: int) -> np.ndarray:
