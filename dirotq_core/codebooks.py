@@ -8,13 +8,15 @@ of another kind are dequantized before a product.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 import torch
 
-from ..kernels import CODEBOOK16, INT4, pack_bits, pack_int4, table_like, unpack_bits, unpack_int4, widen
+from ..kernels import CODEBOOK16, INT4, lasting, pack_bits, pack_int4, table_like, unpack_bits, unpack_int4, widen
 
 GROUP_SIZE = 64
 #: Candidate factors on the initial scale, tried in `WeightFormat.search_scales`.
@@ -169,7 +171,7 @@ class WeightFormat(PackedFormat):
         best_scale, best_error = start, torch.full_like(start, torch.inf)
         for factor in SCALE_FACTORS if self.searched else ():
             scale = start * factor
-            error = (self.decode(self.encode(_divide(w, scale))) * scale - w).square().mul_(h).sum(-1, keepdim=True)
+            error = (self._rounded(_divide(w, scale)) * scale - w).square().mul_(h).sum(-1, keepdim=True)
             better = error < best_error
             best_scale, best_error = (
                 torch.where(better, scale, best_scale),
@@ -181,8 +183,13 @@ class WeightFormat(PackedFormat):
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the nearest table entries to `scaled` (any shape, in table units)."""
-        midpoints, codes, _ = self.decision(scaled)
-        return codes[torch.bucketize(scaled.float(), midpoints)]
+        values = tuple(sorted(self.table))
+        return _of_nearest(values, tuple(self.table.index(v) for v in values), scaled.float(), torch.uint8)
+
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The nearest table entries themselves, float32."""
+        values = tuple(sorted(self.table))
+        return _of_nearest(values, values, scaled, torch.float32)
 
     def decision(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Midpoints [2ᵇ − 1] between the sorted table entries, and those entries' codes and values [2ᵇ].
@@ -217,6 +224,30 @@ def _divide(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _midpoints(values: tuple[int, ...]) -> tuple[float, ...]:
     return tuple((a + b) / 2 for a, b in pairwise(values))  # halves: float32 holds them
+
+
+def _of_nearest(
+    values: tuple[int, ...], entries: tuple[int, ...], scaled: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """For each of `scaled` (any shape, float32) the one of `entries` that belongs to the nearest of sorted `values`."""
+    if scaled.device.type != "cpu" or not lasting(scaled):
+        places = torch.bucketize(scaled, table_like(_midpoints(values), scaled, torch.float32))
+        return table_like(entries, scaled, dtype)[places]
+    # A search for each number takes a CPU ten times as long. Midpoints are halves: of x only ⌈2 x⌉ counts.
+    doubled = scaled.mul(2).ceil_().clamp_(-_FARTHEST, _FARTHEST).nan_to_num_(_FARTHEST).add_(_FARTHEST)
+    looked_up = table_like(_by_doubled(values, entries), scaled, dtype)
+    return looked_up.index_select(0, doubled.flatten().int()).reshape(scaled.shape)
+
+
+#: ⌈2 x⌉ beyond which no midpoint of integers in [-127, 127] lies.
+_FARTHEST = 256
+
+
+@cache
+def _by_doubled(values: tuple[int, ...], entries: tuple[int, ...]) -> tuple[int, ...]:
+    """`_of_nearest` for ⌈2 x⌉ = -256, …, 256."""
+    doubled = [a + b for a, b in pairwise(values)]
+    return tuple(entries[bisect_left(doubled, number)] for number in range(-_FARTHEST, _FARTHEST + 1))
 
 
 def nearest_entry(table: tuple[int, ...], scaled: torch.Tensor) -> torch.Tensor:
