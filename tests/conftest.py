@@ -1,5 +1,6 @@
 """The process that tests run in, before PyTorch and transformers are imported."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -13,3 +14,13 @@ sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:  # `pytest -n`: PyTorch's threads share the processors, here and in the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+def pytest_collection_finish(session):
+    """Collections of garbage, of which an evaluation makes several, no longer look through all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()  # what libraries tidy up when Python ends
