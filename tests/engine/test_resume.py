@@ -119,7 +119,8 @@ def test_interrupt_on_the_command_line(flux, tmp_path, monkeypatch, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(CAPTIONS[:2]))
     command = ["quantize", str(flux.model.folder), "--out", str(tmp_path / "out"), "--prompts", str(prompts), "--steps",
-               "2", "--height", "128", "--width", "128", "--rounding", "nearest", "--device", "cpu"]  # fmt: skip
+               "2", "--height", "128", "--width", "128", "--basis", "pca", "--rounding", "nearest",
+               "--device", "cpu"]  # fmt: skip
     stop_at(monkeypatch, "single_transformer_blocks.0", KeyboardInterrupt)
     assert main(command) == 130
     assert "out.partial, run the same command again to go on" in capsys.readouterr().err

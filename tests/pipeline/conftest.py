@@ -1,5 +1,7 @@
 """The embedded pipelines, drawn with few steps, and one calibrated checkpoint of each."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,18 +10,23 @@ from dirotq.dirotq_core.demo.embedded import MODELS, load_pipeline, prompts
 
 
 class Embedded:
-    """An embedded model with a calibrated checkpoint of it in `folder`."""
+    """An embedded model; `quantized`, `report` and `folder`, a checkpoint, are of one calibration at the first use."""
 
     def __init__(self, name, folder):
         self.model = MODELS[name]
         self.call = {**self.model.call, "num_inference_steps": 3}
         self.captions = [s.caption() for s in prompts(9, seed=5, held_out=False)]
-        self.folder = folder
+        self._folder = folder
+
+    @functools.cached_property
+    def _calibrated(self):
         pipeline = self.load()
-        self.report = dirotq.quantize(pipeline, None, self.captions, call=self.call, progress=False)
-        self.quantized = pipeline
-        pipeline.save_pretrained(folder)
-        self.report.save(folder)
+        report = dirotq.quantize(pipeline, None, self.captions, call=self.call, progress=False)
+        pipeline.save_pretrained(self._folder)
+        report.save(self._folder)
+        return pipeline, report, self._folder
+
+    quantized, report, folder = (property(lambda self, i=i: self._calibrated[i]) for i in range(3))
 
     def load(self):
         return load_pipeline(self.model.name, torch_dtype=torch.bfloat16)
@@ -31,11 +38,17 @@ class Embedded:
                         output_type="latent", **self.call).images  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory):
+    """`calibrated(name)`: an embedded model, for all tests the same."""
+    return functools.cache(lambda name: Embedded(name, tmp_path_factory.mktemp(name) / "checkpoint"))
+
+
 @pytest.fixture(scope="session", params=list(MODELS))
-def embedded(request, tmp_path_factory):
-    return Embedded(request.param, tmp_path_factory.mktemp(request.param) / "checkpoint")
+def embedded(request, calibrated):
+    return calibrated(request.param)
 
 
 @pytest.fixture(scope="session")
-def pixart(tmp_path_factory):
-    return Embedded("pixart-sigma-tiny", tmp_path_factory.mktemp("pixart") / "checkpoint")
+def pixart(calibrated):
+    return calibrated("pixart-sigma-tiny")

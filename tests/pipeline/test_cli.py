@@ -1,7 +1,6 @@
 """The command line, run as a user runs it."""
 
 import json
-import shutil
 
 import pytest
 
@@ -28,7 +27,7 @@ def quantize(capsys, pixart, out, *extra):
 
 def test_quantize_then_inspect(capsys, pixart, prompt_file, tmp_path):
     out = tmp_path / "out"
-    status, text, err = quantize(capsys, pixart, out, "--prompts", prompt_file, "--rank", 32)
+    status, text, err = quantize(capsys, pixart, out, "--prompts", prompt_file, "--rank", 32, "--basis", "pca")
     assert status == 0, err
     assert "bits per weight on average" in text
     config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
@@ -107,8 +106,9 @@ def test_help(capsys, command):
 
 
 def test_inspect_of_something_broken_is_one_line(capsys, pixart, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(pixart.folder / "transformer", folder)
+    folder = tmp_path / "out"
+    status, _, err = quantize(capsys, pixart, folder, "--data-free", "--method", "rtn", "--transformer-only")
+    assert status == 0, err
     status, _, err = run(capsys, "inspect", folder, "--limit", -1)
     assert status == 1 and err == "dirotq inspect: limit must be at least 0, got -1\n"
     weights = folder / "diffusion_pytorch_model.safetensors"

@@ -24,9 +24,14 @@ def flux():
 
 
 CALL = {"num_inference_steps": 1, "height": 128, "width": 128}
+#: What takes a second: none of this depends on how codes are found.
+QUICK = dirotq.DiRotQConfig(rank=16, basis="pca", rounding="nearest")
+DATA_FREE = dirotq.DiRotQConfig()
 
 
 def quantize(pipeline, config=None, prompts=PROMPTS, **call):
+    if config is None:
+        config = DATA_FREE if prompts is None else QUICK
     return dirotq.quantize(pipeline, config, prompts, call={**CALL, **call}, progress=False)
 
 
