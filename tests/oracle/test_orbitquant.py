@@ -1,6 +1,7 @@
 """OrbitQuant as a row of the table, against its own equations in float64."""
 
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_the_density_is_one_and_has_the_variance_of_a_unit_vector(orbit):
     for k in (64, 192, 1152, 15360):
         assert 2 * orbit.moment(0, 0, 1, k) == pytest.approx(1, rel=1e-9)
         assert 2 * k * orbit.moment(2, 0, 1, k) == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [64, 192, 3072, 100_000])
+def test_integrals_in_closed_form(orbit, k):
+    """As by quadrature."""
+    cuts = orbit.thresholds(orbit.lloyd_max(6, k))
+    by_quadrature = [[orbit.moment(power, a, b, k) for a, b in pairwise(cuts)] for power in (0, 1)]
+    np.testing.assert_allclose(orbit.between(cuts, k), by_quadrature, rtol=1e-7)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
