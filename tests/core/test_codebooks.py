@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dirotq.dirotq_core import codebooks
 from dirotq.dirotq_core.codebooks import WEIGHT_FORMATS, weight_format
 from dirotq.dirotq_core.methods import METHODS
 from dirotq.kernels import dequantize
@@ -83,6 +84,18 @@ def test_what_is_stored_says_the_weights(name, rows, groups, seed, size):
     if fmt.table16 is not None:
         dense = dequantize(fmt.widened(packed, k), stored["weight_scale"], fmt.table16, torch.float32)
         torch.testing.assert_close(dense, values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_looking_up_finds_what_searching_finds(name, monkeypatch):
+    """Ties and their neighbours, what is beyond every table, and what is no number."""
+    fmt, quarters = WEIGHT_FORMATS[name], torch.arange(-600, 601) / 4
+    beyond = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([quarters, *(torch.nextafter(quarters, torch.tensor(t)) for t in (1e3, -1e3)), beyond])
+    codes, entries = fmt.encode(x), fmt._rounded(x)
+    monkeypatch.setattr(codebooks, "lasting", lambda like: False)  # as in a graph
+    assert torch.equal(fmt.encode(x), codes) and torch.equal(fmt._rounded(x), entries)
+    assert torch.equal(fmt.decode(codes), entries)
 
 
 def test_unknown_format_names_the_known_ones():
