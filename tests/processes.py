@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import socket
 import tempfile
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ sys.argv = ["-c", *_arguments]
 """
 
 if FORKS:
+    from multiprocessing import forkserver
+
     # Now, because the first test to need it may have changed the environment. It goes on by itself, and ends with us.
     CONTEXT.set_forkserver_preload(LARGE)
     forkserver.ensure_running()
@@ -47,7 +48,7 @@ class Child:
             "_folder": os.getcwd(), "_arguments": [str(a) for a in arguments],
         }  # fmt: skip
         space = {"__name__": "__main__", **given, **names}
-        self.process = CONTEXT.Process(target=exec, args=(BEFORE + code, space))
+        self.process = CONTEXT.Process(target=exec, args=(BEFORE + code, space), daemon=True)
         self.process.start()
 
     def kill(self) -> None:
