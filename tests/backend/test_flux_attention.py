@@ -133,7 +133,7 @@ def frames(model, inputs):
         return model(**inputs)[0], counter.frame_count
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_compiles_as_often_as_diffusers_own(model, inputs, flux_case):
     with torch.no_grad():
         eager = model(**inputs)[0]

@@ -267,7 +267,7 @@ def test_hooks_of_diffusers_run(flux_case, helpers, name):
     assert helpers.sqnr(helpers.run(model), plain) > 25 and hook.calls == 1
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("stack", ["transformer_blocks", "single_transformer_blocks"])
 def test_an_attention_is_called_where_that_makes_a_difference(flux_case, helpers, stack, monkeypatch):
     """Its processor is otherwise; diffusers' own `forward` names arguments that no processor knows, and leaves them."""
@@ -304,7 +304,7 @@ class Louder(Counting):
         return 30 * output
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("of", "name"),
     [
@@ -361,7 +361,7 @@ def test_parts_of_two_dtypes(flux_case):
         assert torch.equal(linear((attention, mlp)), linear(torch.cat([attention, mlp], 2)))
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_compiled_with_gradients(flux_case, helpers):
     model = flux_case.load()
     model.requires_grad_(False)

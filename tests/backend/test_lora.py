@@ -418,7 +418,7 @@ def test_what_cannot_be_absorbed(flux_case, change, message):
     assert same(state_of(linear), before)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_compiled_blocks_absorb(flux_case, helpers):
     pipeline = pipeline_of(flux_case.load())
     pipeline.load_lora_weights(diffusers_lora(0))

@@ -321,7 +321,7 @@ def swapped(model, helpers, how):
     return outputs
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks"])
 def test_hot_swapping_into_a_compiled_model(flux_case, helpers, how):
     """No recompilation for a LoRA of another rank and other values."""

@@ -246,7 +246,7 @@ def test_a_few_steps_of_training_reduce_the_loss(flux_case, helpers):
 # --- compilation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_compiled_once(case, helpers):
     """One graph, and no second one for other values, another thread's flags or bits that come back."""
     model = case.load()
@@ -262,7 +262,7 @@ def test_compiled_once(case, helpers):
             assert not torch.equal(model(**arguments)[0], first)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @groups_on_cpu
 def test_compiled_with_group_offload(case, helpers):
     """Single layers in FLUX.1, which is the harder of the two and slow to trace, and blocks in PixArt."""

@@ -69,7 +69,7 @@ def test_siblings_share_one_rotation(case, helpers, monkeypatch):
     assert len(calls) == len(owners)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_siblings_share_one_rotation_when_compiled(case, helpers):
     model = case.load()
     owners = {m.plan.owner for m in quantized_linears(model).values() if m.plan.quantize_input}
@@ -87,7 +87,7 @@ def test_siblings_share_one_rotation_when_compiled(case, helpers):
     assert counts == [len(owners)]
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_compile_inductor_one_block(flux_case, helpers):
     model = flux_case.load()
     expected = helpers.run(model)
@@ -124,7 +124,7 @@ PIXART = {
 }  # fmt: skip
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("cls", "shape", "sites_and_products"),
     [

@@ -154,7 +154,7 @@ def test_sequential_offload_leaves_nothing_behind(tmp_path):
     assert sum(map(bool, kept(model))) <= 1
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("outliers", [False, True])
 def test_one_graph(outliers, warm, made):

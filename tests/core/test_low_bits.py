@@ -147,7 +147,7 @@ def test_the_slower_path_says_so_once(caplog):
     input_site._say_once.cache_clear()
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("method", "activation"),

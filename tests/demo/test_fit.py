@@ -92,7 +92,7 @@ def test_the_average_is_what_stays(monkeypatch):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_compiled_and_eager_training_agree():
     """Also after the weights were exchanged with their average under the compiled graph."""
     eager, compiled = train(every=3), train(every=3, compiled=True)

@@ -159,7 +159,7 @@ def test_e4m3_values_have_the_bits_of_torchs_conversion(dtype):
     assert torch.equal(ours[number], theirs[number])
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_a_compiled_graph_has_no_float8():
     """Triton converts to e4m3 from sm_89 on only."""
 

@@ -114,7 +114,7 @@ def test_linear_is_its_two_ops():
         assert torch.equal(kernels.linear(*case.arguments, mode, *rest), expected)
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_compiles_without_graph_breaks(mode):
     case, w = cases.site(5, 192, 3, block=64, dtype=torch.float32), cases.weights(33, 192, 3)

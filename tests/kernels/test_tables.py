@@ -15,7 +15,7 @@ TABLES = [NF4, E2M1_BY_CODE, tuple(CODEBOOK16), ACTIVATION_FORMATS["lloyd6"].tab
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("values", TABLES, ids=["nf4", "e2m1", "codebook", "lloyd6"])
 def test_a_traced_table_holds_what_a_kept_one_does(values, dtype):
