@@ -30,6 +30,12 @@ RANKS = gl.constexpr(64)
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
 SMALLEST_SCALE = gl.constexpr(reference.SMALLEST_SCALE)
 SMALLEST_SHARE = gl.constexpr(reference.SMALLEST_SHARE)
+# Of v [BM, 128]: as the matrix instruction leaves it, and in order, 16 neighbours to a thread.
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+IN_ORDER = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [0, 4], [0, 8], [0, 32], [8, 0]],
+    [[0, 16], [0, 64], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128],
+))  # fmt: skip
 
 # Four values v to four bytes m q + o: q = floor(v a + b), kept in 0..15. Arguments per element: v, a, b + 2^15, m, and
 # o + 128 in every byte. Bytes 1 and 2 of a float 2^15 + t are the integer part of t (8 bits of fraction follow), or
@@ -134,10 +140,10 @@ def _parity(x):
 
 
 @gluon.jit
-def _in_order(v, layout: gl.constexpr):
+def _in_order(v):
     """v [BM, 128], its columns as `_target` says."""
     v = v.reshape([BM, 2, 2, 2, 2, 2, 2, 2]).permute(0, 5, 1, 6, 2, 3, 4, 7)
-    return gl.convert_layout(v.reshape([BM, COLUMNS]), layout, assert_trivial=True)
+    return gl.convert_layout(v.reshape([BM, COLUMNS]), IN_ORDER, assert_trivial=True)
 
 
 @gluon.jit
@@ -165,7 +171,7 @@ def _reciprocal(x):
 
 
 @gluon.jit
-def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
+def _codes(v, inverse, MODE: gl.constexpr):
     """int8 codes of v [BM, 128] in order; inverse [BM] is the reciprocal of the scale."""
     if MODE == "int4":
         groups = v.reshape([BM, COLUMNS // 64, 64])
@@ -182,28 +188,50 @@ def _codes(v, inverse, layout: gl.constexpr, MODE: gl.constexpr):
         o = gl.expand_dims((offset.to(gl.int32) + 128) * 0x01010101, 2)
         args = [groups, a, b, m, o]
         codes = gl.inline_asm_elementwise(_INT4, "=r" + ",r" * 20, args, gl.int8, True, 4)
-        return gl.convert_layout(codes.reshape([BM, COLUMNS]), layout, assert_trivial=True)
+        return gl.convert_layout(codes.reshape([BM, COLUMNS]), IN_ORDER, assert_trivial=True)
     else:
         asm: gl.constexpr = _INT8 if MODE == "int8" else _CODEBOOK
         return gl.inline_asm_elementwise(asm, "=r" + ",r" * 8, [v, gl.expand_dims(inverse, 1)], gl.int8, True, 4)
 
 
 @gluon.jit
-def _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile, first, BYTES: gl.constexpr):
-    ready = full.index(slot)
-    mbarrier.expect(ready, BYTES)
-    if x1_desc is None:
-        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
-    elif first < split:  # the same for all threads and tiles of a program
-        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
-    else:
-        _copy_columns(x1_desc, x_bufs, ready, slot, tile * BM, first - split)
+def _inverse(scale, norm):
+    return gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
 
 
 @gluon.jit
-def _copy_columns(part_desc, x_bufs, ready, slot, row, col):
-    copy_in(part_desc, [row, col], ready, x_bufs.index(2 * slot))
-    copy_in(part_desc, [row, col + HALF], ready, x_bufs.index(2 * slot + 1))
+def _store_codes(codes_ptr, total, inverse, rows, first, M, K, MODE: gl.constexpr):
+    """The codes of a product's tile v [BM, 128], to `rows` from column `first` on."""
+    codes = _codes(_in_order(total), inverse, MODE)
+    cols = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, IN_ORDER))
+    at = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
+    gl.store(codes_ptr + at, codes, mask=gl.expand_dims(rows < M, 1))
+
+
+@gluon.jit
+def _minus_g(u_0, u_1, top, low):
+    """−G = −Uᵀ D H of 128 columns, for the halves of U and of D H."""
+    g = warpgroup_mma(u_0.permute((1, 0)), top, gl.zeros([RANKS, COLUMNS], gl.float32, PRODUCT))
+    return -warpgroup_mma(u_1.permute((1, 0)), low, g)
+
+
+@gluon.jit
+def _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile, first, HALVES: gl.constexpr, BYTES: gl.constexpr):
+    """A tile of x, 64 HALVES columns, on its way. BYTES: of all that comes to the slot's barrier."""
+    ready = full.index(slot)
+    mbarrier.expect(ready, BYTES)
+    if x1_desc is None:
+        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first, HALVES)
+    elif first < split:  # the same for all threads and tiles of a program
+        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first, HALVES)
+    else:
+        _copy_columns(x1_desc, x_bufs, ready, slot, tile * BM, first - split, HALVES)
+
+
+@gluon.jit
+def _copy_columns(part_desc, x_bufs, ready, slot, row, col, HALVES: gl.constexpr):
+    for i in gl.static_range(HALVES):
+        copy_in(part_desc, [row, col + i * HALF], ready, x_bufs.index(HALVES * slot + i))
 
 
 @gluon.jit
@@ -213,11 +241,6 @@ def site_quantize_hopper_kernel(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """codes [M, K] int8 for scale [M] and z [M, r] bf16; G is held as PARTS bf16 parts."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    out_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 32], [8, 0]],
-        [[0, 16], [0, 64], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BM, COLUMNS],
-    )  # fmt: skip
     flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RANKS, COLUMNS], gl.bfloat16)
     x_layout: gl.constexpr = x_desc.layout
     bytes: gl.constexpr = 3 * TILE_BYTES if PROJECT else 2 * TILE_BYTES
@@ -239,7 +262,7 @@ def site_quantize_hopper_kernel(
         copy_in(basis_desc, [first + HALF, 0], ready, x_bufs.index(2 * STAGES - 1))
     for slot in gl.static_range(STAGES - 1):
         if tile + slot * step < tiles:
-            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile + slot * step, first, bytes)
+            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, tile + slot * step, first, 2, bytes)
 
     top = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 0, BLOCK))
     low = gl.allocate_shared_memory(gl.bfloat16, [HALF, COLUMNS], flat, _rotation(signs_ptr, first, 64, BLOCK))
@@ -249,10 +272,7 @@ def site_quantize_hopper_kernel(
     barrier()
     if PROJECT:
         mbarrier.wait(full.index(STAGES), 0)
-        u_0 = x_bufs.index(2 * STAGES - 2).permute((1, 0))
-        u_1 = x_bufs.index(2 * STAGES - 1).permute((1, 0))
-        g = warpgroup_mma(u_0, top, gl.zeros([RANKS, COLUMNS], gl.float32, mma))
-        g = -warpgroup_mma(u_1, low, g)
+        g = _minus_g(x_bufs.index(2 * STAGES - 2), x_bufs.index(2 * STAGES - 1), top, low)
         g_high = gl.allocate_shared_memory(gl.bfloat16, [RANKS, COLUMNS], flat, g.to(gl.bfloat16))
         if PARTS == 2:
             rest = g - g.to(gl.bfloat16).to(gl.float32)
@@ -260,7 +280,7 @@ def site_quantize_hopper_kernel(
         fence_async_shared()
         barrier()
     if tile + (STAGES - 1) * step < tiles:
-        _copy_x(x_desc, x1_desc, split, x_bufs, full, STAGES - 1, tile + (STAGES - 1) * step, first, bytes)
+        _copy_x(x_desc, x1_desc, split, x_bufs, full, STAGES - 1, tile + (STAGES - 1) * step, first, 2, bytes)
     wait_for_previous_kernel()
     let_next_kernel_start()
     if PROJECT:
@@ -270,12 +290,12 @@ def site_quantize_hopper_kernel(
 
     slot = 0
     phase = 0
-    rows = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, out_layout))
+    rows = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, IN_ORDER))
     scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
     while tile < tiles:  # the scales of a tile are on their way since the tile before it
-        inverse = gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
+        inverse = _inverse(scale, norm)
         mbarrier.wait(full.index(slot), phase)
-        total = gl.zeros([BM, COLUMNS], gl.float32, mma)
+        total = gl.zeros([BM, COLUMNS], gl.float32, PRODUCT)
         total = warpgroup_mma(x_bufs.index(2 * slot), top, total, use_acc=False, is_async=True)
         total = warpgroup_mma(x_bufs.index(2 * slot + 1), low, total, is_async=True)
         if PROJECT:
@@ -286,15 +306,12 @@ def site_quantize_hopper_kernel(
         barrier()
         ahead = tile + STAGES * step
         if ahead < tiles:
-            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, ahead, first, bytes)
+            _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, ahead, first, 2, bytes)
             if PROJECT:
                 copy_in(z_desc, [ahead * BM, 0], full.index(slot), z_bufs.index(slot))
         following = rows + step * BM
         scale = gl.load(scale_ptr + following, mask=following < M, other=0.0)
-        codes = _codes(_in_order(total, out_layout), inverse, out_layout, MODE)
-        cols = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, out_layout))
-        at = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
-        gl.store(codes_ptr + at, codes, mask=gl.expand_dims(rows < M, 1))
+        _store_codes(codes_ptr, total, inverse, rows, first, M, K, MODE)
         rows = following
         tile += step
         slot += 1

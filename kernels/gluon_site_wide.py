@@ -17,32 +17,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_hopper import _next, copy_in, let_next_kernel_start, wait_for_previous_kernel
-from .gluon_site import BM, COLUMNS, HALF, RANKS, TILE_BYTES, _codes, _in_order, _rotation, barrier
+from .gluon_site import (
+    BM,
+    COLUMNS,
+    HALF,
+    IN_ORDER,
+    PRODUCT,
+    RANKS,
+    TILE_BYTES,
+    _copy_x,
+    _inverse,
+    _minus_g,
+    _rotation,
+    _store_codes,
+    barrier,
+)
 
 WIDE = gl.constexpr(256)
 HALVES = gl.constexpr(4)  # of 128 columns, in 256
 
 
 @gluon.jit
-def _copy_columns(part_desc, bufs, ready, slot, row, col):
-    for i in gl.static_range(HALVES):
-        copy_in(part_desc, [row, col + i * HALF], ready, bufs.index(HALVES * slot + i))
-
-
-@gluon.jit
-def _copy_x(x_desc, x1_desc, split, x_bufs, ready, slot, tile, first):
-    """A tile of x on its way. The caller copies z [BM, 64] to the same barrier."""
-    mbarrier.expect(ready, (HALVES + 1) * TILE_BYTES)
-    if x1_desc is None:
-        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
-    elif first < split:  # the same for all tiles of a program
-        _copy_columns(x_desc, x_bufs, ready, slot, tile * BM, first)
-    else:
-        _copy_columns(x1_desc, x_bufs, ready, slot, tile * BM, first - split)
-
-
-@gluon.jit
 def _load(x_desc, x1_desc, split, z_desc, basis_desc, x_bufs, z_bufs, full, empty, M, first, STAGES: gl.constexpr):
+    bytes: gl.constexpr = (HALVES + 1) * TILE_BYTES  # of x and z
     tiles = (M + BM - 1) // BM
     tile = gl.program_id(1)
     step = gl.num_programs(1)
@@ -51,7 +48,7 @@ def _load(x_desc, x1_desc, split, z_desc, basis_desc, x_bufs, z_bufs, full, empt
         copy_in(basis_desc, [first + i * HALF, 0], full.index(0), x_bufs.index(i))
     for i in gl.static_range(1, STAGES):  # x was complete before the kernel before this one let others start
         if tile + (i - 1) * step < tiles:
-            _copy_x(x_desc, x1_desc, split, x_bufs, full.index(i), i, tile + (i - 1) * step, first)
+            _copy_x(x_desc, x1_desc, split, x_bufs, full, i, tile + (i - 1) * step, first, HALVES, bytes)
     wait_for_previous_kernel()
     let_next_kernel_start()
     for i in gl.static_range(1, STAGES):
@@ -61,7 +58,7 @@ def _load(x_desc, x1_desc, split, z_desc, basis_desc, x_bufs, z_bufs, full, empt
     phase = 1
     for ahead in range(tile + (STAGES - 1) * step, tiles, step):
         mbarrier.wait(empty.index(slot), phase ^ 1)
-        _copy_x(x_desc, x1_desc, split, x_bufs, full.index(slot), slot, ahead, first)
+        _copy_x(x_desc, x1_desc, split, x_bufs, full, slot, ahead, first, HALVES, bytes)
         copy_in(z_desc, [ahead * BM, 0], full.index(slot), z_bufs.index(slot))
         slot, phase = _next(slot, phase, STAGES)
 
@@ -72,11 +69,6 @@ def _quantize(
     BLOCK: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Columns first + 128 PART and the 127 after it, in one warpgroup."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    out_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 32], [8, 0]],
-        [[0, 16], [0, 64], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BM, COLUMNS],
-    )  # fmt: skip
     first += PART * COLUMNS
     top, low, g_buf = operators.index(3 * PART), operators.index(3 * PART + 1), operators.index(3 * PART + 2)
     top.store(_rotation(signs_ptr, first, 0, BLOCK))
@@ -84,10 +76,7 @@ def _quantize(
     fence_async_shared()
     barrier()
     mbarrier.wait(full.index(0), 0)  # the first tile of the ring is U
-    u_0, u_1 = x_bufs.index(2 * PART).permute((1, 0)), x_bufs.index(2 * PART + 1).permute((1, 0))
-    g = warpgroup_mma(u_0, top, gl.zeros([RANKS, COLUMNS], gl.float32, mma))
-    g = -warpgroup_mma(u_1, low, g)
-    g_buf.store(g.to(gl.bfloat16))
+    g_buf.store(_minus_g(x_bufs.index(2 * PART), x_bufs.index(2 * PART + 1), top, low).to(gl.bfloat16))
     fence_async_shared()
     barrier()
     mbarrier.arrive(empty.index(0), count=1)
@@ -96,24 +85,21 @@ def _quantize(
     step = gl.num_programs(1)
     slot = 1
     phase = 0
-    rows = gl.program_id(1) * BM + gl.arange(0, BM, gl.SliceLayout(1, out_layout))
+    rows = gl.program_id(1) * BM + gl.arange(0, BM, gl.SliceLayout(1, IN_ORDER))
     scale = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
     for _ in range(gl.program_id(1), (M + BM - 1) // BM, step):
-        inverse = gl.where(scale > 0, norm / gl.where(scale > 0, scale, 1.0), 0.0)
+        inverse = _inverse(scale, norm)
         following = rows + step * BM
         scale = gl.load(scale_ptr + following, mask=following < M, other=0.0)  # on their way meanwhile
         mbarrier.wait(full.index(slot), phase)
         at = HALVES * slot + 2 * PART
-        total = gl.zeros([BM, COLUMNS], gl.float32, mma)
+        total = gl.zeros([BM, COLUMNS], gl.float32, PRODUCT)
         total = warpgroup_mma(x_bufs.index(at), top, total, use_acc=False, is_async=True)
         total = warpgroup_mma(x_bufs.index(at + 1), low, total, is_async=True)
         total = warpgroup_mma(z_bufs.index(slot), g_buf, total, is_async=True)
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(empty.index(slot), count=1)
-        codes = _codes(_in_order(total, out_layout), inverse, out_layout, "int4")
-        cols = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, out_layout))
-        where = gl.expand_dims(rows.to(gl.int64) * K, 1) + gl.expand_dims(cols, 0)
-        gl.store(codes_ptr + where, codes, mask=gl.expand_dims(rows < M, 1))
+        _store_codes(codes_ptr, total, inverse, rows, first, M, K, "int4")
         rows = following
         slot, phase = _next(slot, phase, STAGES)
 

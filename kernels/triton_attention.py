@@ -14,11 +14,18 @@ from .triton_common import begin, narrow
 
 
 @triton.jit
-def _heads(x_row, start, heads, here, D: tl.constexpr, BH: tl.constexpr):
-    """Heads of each token from `start` on, [BS, BH, D]."""
+def _places(start, heads, here, D: tl.constexpr, BH: tl.constexpr):
+    """Where heads of a token from `start` on lie [1, BH, D], and which of each token's there are [BS, BH, 1]."""
     head = start + tl.arange(0, BH)
     at = head[None, :, None] * D + tl.arange(0, D)[None, None, :]
-    return tl.load(x_row + at, mask=here[:, None, None] & (head < heads)[None, :, None], other=0.0)
+    return at, here[:, None, None] & (head < heads)[None, :, None]
+
+
+@triton.jit
+def _heads(x_row, start, heads, here, D: tl.constexpr, BH: tl.constexpr):
+    """Heads of each token from `start` on, [BS, BH, D]."""
+    at, inside = _places(start, heads, here, D, BH)
+    return tl.load(x_row + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -39,9 +46,7 @@ def qk_norm_rope_kernel(
         v_row = v_ptr + batch * v_batch + token.to(tl.int64)[:, None, None] * v_token
         v_out_row = v_out_ptr + batch * out_batch + place[:, None, None] * (heads * D)
         for start in range(0, heads, BH):
-            head = start + tl.arange(0, BH)
-            at = head[None, :, None] * D + column[None, None, :]
-            inside = here[:, None, None] & (head < heads)[None, :, None]
+            at, inside = _places(start, heads, here, D, BH)
             tl.store(v_out_row + at, tl.load(v_row + at, mask=inside), mask=inside)
         return
     if tl.program_id(2) == 0:
@@ -65,9 +70,7 @@ def qk_norm_rope_kernel(
         x = narrow(x, out_ptr.dtype.element_ty).to(tl.float32)  # the norm's result is a tensor of that dtype
         even, odd = tl.split(tl.reshape(x, (BS, BH, D // 2, 2)))
         y = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
-        head = start + tl.arange(0, BH)
-        at = head[None, :, None] * D + column[None, None, :]
-        inside = here[:, None, None] & (head < heads)[None, :, None]
+        at, inside = _places(start, heads, here, D, BH)
         tl.store(out_row + at, narrow(tl.reshape(y, (BS, BH, D)), out_ptr.dtype.element_ty), mask=inside)
 
 
