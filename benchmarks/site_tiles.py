@@ -34,8 +34,8 @@ def main() -> None:
         xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, int(250e6 / (2 * m * k))))]
         basis = torch.linalg.qr(torch.randn(k, 64, device="cuda"))[0].bfloat16().contiguous()
         signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
+        wide = hopper_site.takes_wide(k, k, arguments.mode)
         for values in product(*CHOICES.values()):
-            wide = hopper_site.takes_wide(k, k, arguments.mode)
             if values[-1] == 0 and not (wide and values[-2] == CHOICES["RESIDENT"][0]):
                 continue
             for name, value in zip(CHOICES, values, strict=True):

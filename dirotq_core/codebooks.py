@@ -251,10 +251,9 @@ def _by_doubled(values: tuple[int, ...], entries: tuple[int, ...]) -> tuple[int,
 
 
 def nearest_entry(table: tuple[int, ...], scaled: torch.Tensor) -> torch.Tensor:
-    """The table entries int8 nearest to `scaled` (any shape, in table units)."""
+    """The table entries int8 nearest to `scaled` (any shape, float32, in table units)."""
     values = tuple(sorted(table))
-    index = torch.bucketize(scaled, table_like(_midpoints(values), scaled, torch.float32))
-    return table_like(values, scaled, torch.int8)[index]
+    return _of_nearest(values, values, scaled, torch.int8)
 
 
 def symmetric(*magnitudes: int) -> tuple[int, ...]:
