@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from dirotq.kernels import hopper_site, replay, rotate_quantize
 
 CHOICES = {
-    "PROJECT_PROGRAMS": (108, 144, 216, 264),
+    "PROGRAMS": (108, 144, 216, 264),  # of the projection, for this number of rows
     "project_tile": tuple(
         {"ROWS": rows, "WIDTH": width, "STAGES": stages}
-        for rows, width, stages in ((64, 1, 6), (64, 2, 3), (128, 1, 4), (128, 2, 2))
+        for rows, width, stages in ((64, 1, 6), (64, 2, 3), (64, 2, 4), (128, 1, 4), (128, 2, 2))
     ),
     "RESIDENT": (1, 2, 3),
-    "FEW_ROWS": (0, 2**31),  # 256 columns at a time in the second pass, or 128 (RESIDENT is of these)
+    "NARROW_ROWS": (0, 2**31),  # 256 columns at a time in the second pass, or 128 (RESIDENT is of these)
 }
 
 
@@ -39,6 +39,8 @@ def main() -> None:
             if values[-1] == 0 and not (wide and values[-2] == CHOICES["RESIDENT"][0]):
                 continue
             for name, value in zip(CHOICES, values, strict=True):
+                if name == "PROGRAMS":
+                    name = "FEW_PROGRAMS" if m <= hopper_site.FEW_ROWS else "PROJECT_PROGRAMS"
                 setattr(hopper_site, name, (lambda _, tile=value: tile) if name == "project_tile" else value)
             rotate_quantize(xs[0], basis, signs, 128, arguments.mode)
             torch.cuda.synchronize()

@@ -24,10 +24,15 @@ ROWS, WIDTH, RANK, WIDE_COLUMNS = BM.value, COLUMNS.value, RANKS.value, WIDE.val
 PROJECT_PROGRAMS = 216
 MANY_ROWS = ROWS * PROJECT_PROGRAMS  # more than these are not divided into parts, however many a program takes
 MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
+# Of few rows: one program of the projection on a multiprocessor, with more on its way, and smaller parts.
+FEW_ROWS = 512
+FEW_PROGRAMS = 128
+FEW_MOST_CHUNKS = 32
+SUM_ROWS, MANY_SUM_ROWS, MANY_SUMS = 4, 16, 2048  # of a program of the sum, and that of more rows than these
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
 WIDE_STAGES = 3
-FEW_ROWS = 512  # for which 256 columns at a time are not faster
+NARROW_ROWS = 512  # for which 256 columns at a time are not faster
 # A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
@@ -38,12 +43,20 @@ def project_tile(m: int) -> dict[str, int]:
     Two of those at most, so that they lie in one part of x. Every program reads U, from the cache: fewer do where there
     are rows for all multiprocessors.
     """
-    return {"ROWS": 128, "WIDTH": 1, "STAGES": 4} if m > MANY_ROWS else {"ROWS": 64, "WIDTH": 2, "STAGES": 3}
+    if m > MANY_ROWS:
+        return {"ROWS": 128, "WIDTH": 1, "STAGES": 4}
+    return {"ROWS": 64, "WIDTH": 2, "STAGES": 4 if m <= FEW_ROWS else 3}
 
 
-def project_chunks(row_tiles: int, blocks: int) -> int:
+def project_chunks(m: int, blocks: int) -> int:
     """Programs of the projection that share the rows of a tile, for `blocks` of 128 columns in K."""
-    return min(blocks, max(1, PROJECT_PROGRAMS // row_tiles), MOST_CHUNKS)
+    programs, most = (FEW_PROGRAMS, FEW_MOST_CHUNKS) if m <= FEW_ROWS else (PROJECT_PROGRAMS, MOST_CHUNKS)
+    return min(blocks, max(1, programs // cdiv(m, project_tile(m)["ROWS"])), most)
+
+
+def sum_rows(m: int) -> int:
+    """Rows of a program that sums the parts."""
+    return SUM_ROWS if m <= MANY_SUMS else MANY_SUM_ROWS
 
 
 def takes_wide(k: int, split: int, mode: str) -> bool:
@@ -74,7 +87,7 @@ def rotate_quantize(
     high = tile["ROWS"]
     read = (x_desc, x1_desc) if high == ROWS else _described(parts, high)
     row_tiles, blocks = cdiv(m, high), k // WIDTH
-    chunks = project_chunks(row_tiles, blocks)
+    chunks = project_chunks(m, blocks)
     alone, factor = chunks == 1, scale_of_rms(mode, k)
     squares = scale if alone else torch.empty((chunks, m), dtype=torch.float32, device=z.device)
     partial = scale if alone else torch.empty((chunks, m, RANK), dtype=torch.float32, device=z.device)
@@ -85,14 +98,14 @@ def rotate_quantize(
     )  # fmt: skip
     if not alone:
         launch(
-            sum_project_kernel, (cdiv(m, 16),),
+            sum_project_kernel, (cdiv(m, sum_rows(m)),),
             partial, squares, z, scale, m, k, rank, factor,
-            CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=16, num_warps=4, launch_pdl=True,
+            CHUNKS=chunks, PROJECT=rank > 0, OVERLAP=True, BM=sum_rows(m), num_warps=4, launch_pdl=True,
         )  # fmt: skip
     row_tiles = cdiv(m, ROWS)
     z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
     rest = x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5
-    if rank and m > FEW_ROWS and takes_wide(k, split, mode):
+    if rank and m > NARROW_ROWS and takes_wide(k, split, mode):
         tiles = tiles_per_program(row_tiles, k // WIDE_COLUMNS, multiprocessors)
         launch(
             site_quantize_wide_kernel, (k // WIDE_COLUMNS, cdiv(row_tiles, tiles)),

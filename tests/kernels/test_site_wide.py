@@ -37,8 +37,8 @@ def test_both_widths_give_the_same_bits(m, widths, rank, block, monkeypatch):
     if not triton_site._on_hopper(x, rest[0]):
         pytest.skip("not this GPU's kernel")
 
-    def quantize(few_rows):
-        monkeypatch.setattr(hopper_site, "FEW_ROWS", few_rows)
+    def quantize(narrow_rows):
+        monkeypatch.setattr(hopper_site, "NARROW_ROWS", narrow_rows)
         return triton_site.rotate_quantize(parts, *rest, "int4")
 
     narrow, wide, again = quantize(m), quantize(0), quantize(0)
