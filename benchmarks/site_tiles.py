@@ -4,6 +4,7 @@ python benchmarks/site_tiles.py [--tokens 4608] [--columns 3072 12288] [--mode i
 """
 
 import argparse
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -12,14 +13,20 @@ from torch.profiler import ProfilerActivity, profile
 from dirotq.kernels import hopper_site, replay, rotate_quantize
 
 CHOICES = {
-    "PROGRAMS": (108, 144, 216, 264),  # of the projection, for this number of rows
-    "project_tile": tuple(
-        {"ROWS": rows, "WIDTH": width, "STAGES": stages}
+    "project_plan": tuple(  # with the programs that share the rows
+        ({"ROWS": rows, "WIDTH": width, "STAGES": stages}, programs)
         for rows, width, stages in ((64, 1, 6), (64, 2, 3), (64, 2, 4), (128, 1, 4), (128, 2, 2))
+        for programs in (108, 132, 216, 264)
     ),
     "RESIDENT": (1, 2, 3),
     "NARROW_ROWS": (0, 2**31),  # 256 columns at a time in the second pass, or 128 (RESIDENT is of these)
 }
+
+
+def plan(choice: tuple[dict[str, int], int]) -> Callable[..., tuple[dict[str, int], int]]:
+    """`hopper_site.project_plan` that always takes this tile, and shares its rows among that many programs."""
+    tile, programs = choice
+    return lambda m, blocks, _: (tile, min(blocks, max(1, programs // -(-m // tile["ROWS"])), hopper_site.MOST_CHUNKS))
 
 
 def main() -> None:
@@ -39,9 +46,7 @@ def main() -> None:
             if values[-1] == 0 and not (wide and values[-2] == CHOICES["RESIDENT"][0]):
                 continue
             for name, value in zip(CHOICES, values, strict=True):
-                if name == "PROGRAMS":
-                    name = "FEW_PROGRAMS" if m <= hopper_site.FEW_ROWS else "PROJECT_PROGRAMS"
-                setattr(hopper_site, name, (lambda _, tile=value: tile) if name == "project_tile" else value)
+                setattr(hopper_site, name, plan(value) if name == "project_plan" else value)
             rotate_quantize(xs[0], basis, signs, 128, arguments.mode)
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as seen:

@@ -21,13 +21,12 @@ from .triton_site import sum_project_kernel, tiles_per_program
 ROWS, WIDTH, RANK, WIDE_COLUMNS = BM.value, COLUMNS.value, RANKS.value, WIDE.value  # plain numbers, quick to read
 
 # Found by measurement (benchmarks/site_tiles.py).
-PROJECT_PROGRAMS = 216
-MANY_ROWS = ROWS * PROJECT_PROGRAMS  # more than these are not divided into parts, however many a program takes
-MOST_CHUNKS = 12  # parts of x U for whose sum it is not too slow
-# Of few rows: one program of the projection on a multiprocessor, with more on its way, and smaller parts.
-FEW_ROWS = 512
-FEW_PROGRAMS = 128
-FEW_MOST_CHUNKS = 32
+# Of the projection: the share of multiprocessors that one program each must fill, programs if there are two on each,
+# and parts of x U for whose sum it is not too slow, with one and with two.
+FULL = 0.9
+TWO_PROGRAMS = 216
+MOST_CHUNKS, TWO_MOST_CHUNKS = 32, 12
+MANY_ROWS = ROWS * TWO_PROGRAMS  # more than these are not divided into parts, however many a program takes
 SUM_ROWS, MANY_SUM_ROWS, MANY_SUMS = 4, 16, 2048  # of a program of the sum, and that of more rows than these
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
@@ -37,21 +36,20 @@ NARROW_ROWS = 512  # for which 256 columns at a time are not faster
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
 
-def project_tile(m: int) -> dict[str, int]:
-    """Rows of a program of the projection; columns of its steps, in units of 64, and how many are on their way.
+def project_plan(m: int, blocks: int, multiprocessors: int) -> tuple[dict[str, int], int]:
+    """Rows of a program of the projection, columns of its steps, in units of 64, and how many are on their way; and how
+    many programs share the rows of a tile, for `blocks` of 128 columns in K.
 
-    Two of those at most, so that they lie in one part of x. Every program reads U, from the cache: fewer do where there
-    are rows for all multiprocessors.
+    Two of those units at most, so that they lie in one part of x. One program on a multiprocessor can have more on its
+    way than two. Every program reads U, from the cache: fewer do where there are rows for all multiprocessors.
     """
+    tiles = cdiv(m, ROWS)
+    chunks = multiprocessors // tiles
+    if chunks * tiles >= FULL * multiprocessors:
+        return {"ROWS": ROWS, "WIDTH": 2, "STAGES": 4}, min(blocks, chunks, MOST_CHUNKS)
     if m > MANY_ROWS:
-        return {"ROWS": 128, "WIDTH": 1, "STAGES": 4}
-    return {"ROWS": 64, "WIDTH": 2, "STAGES": 4 if m <= FEW_ROWS else 3}
-
-
-def project_chunks(m: int, blocks: int) -> int:
-    """Programs of the projection that share the rows of a tile, for `blocks` of 128 columns in K."""
-    programs, most = (FEW_PROGRAMS, FEW_MOST_CHUNKS) if m <= FEW_ROWS else (PROJECT_PROGRAMS, MOST_CHUNKS)
-    return min(blocks, max(1, programs // cdiv(m, project_tile(m)["ROWS"])), most)
+        return {"ROWS": 2 * ROWS, "WIDTH": 1, "STAGES": 4}, 1
+    return {"ROWS": ROWS, "WIDTH": 2, "STAGES": 3}, min(blocks, max(1, TWO_PROGRAMS // tiles), TWO_MOST_CHUNKS)
 
 
 def sum_rows(m: int) -> int:
@@ -83,16 +81,15 @@ def rotate_quantize(
     parts, signs = [rows_aligned(part) for part in parts], signs.contiguous()
     x_desc, x1_desc = _described(parts, ROWS)
     basis_desc = x_desc if basis is None or not rank else descriptor(aligned(basis), RANK, RANK)
-    tile = project_tile(m)
+    blocks = k // WIDTH
+    tile, chunks = project_plan(m, blocks, multiprocessors)
     high = tile["ROWS"]
     read = (x_desc, x1_desc) if high == ROWS else _described(parts, high)
-    row_tiles, blocks = cdiv(m, high), k // WIDTH
-    chunks = project_chunks(m, blocks)
     alone, factor = chunks == 1, scale_of_rms(mode, k)
     squares = scale if alone else torch.empty((chunks, m), dtype=torch.float32, device=z.device)
     partial = scale if alone else torch.empty((chunks, m, RANK), dtype=torch.float32, device=z.device)
     launch(
-        site_project_hopper_kernel, (chunks, row_tiles),
+        site_project_hopper_kernel, (chunks, cdiv(m, high)),
         *read, split, basis_desc, partial, squares, z, scale, m, k, rank, factor,
         PROJECT=rank > 0, ALONE=alone, **tile, num_warps=high // 16, launch_pdl=True,
     )  # fmt: skip

@@ -123,22 +123,24 @@ def test_hopper_quantize_compiles(mode, block, project, x, tmp_path):
 
 @needs_gluon
 @pytest.mark.parametrize(
-    ("m", "alone", "project", "resident"),
+    ("m", "resident", "alone", "project"),
     [
-        (512, False, True, 1),
-        (4608, False, True, 2),
-        (8192, True, True, 2),
-        (8192, True, False, 2),
-        (16384, True, True, 2),
+        (512, 1, False, True),
+        (4608, 2, False, True),
+        (8192, 1, True, True),
+        (8704, 2, True, True),
+        (8704, 2, True, False),
+        (16384, 2, True, True),
     ],
 )
 @ONE_OR_TWO_PARTS
-def test_hopper_project_compiles(x, m, alone, project, resident, tmp_path):
+def test_hopper_project_compiles(x, m, resident, alone, project, tmp_path):
     from dirotq.kernels import gluon_site, hopper_site
 
-    tile = hopper_site.project_tile(m)
+    tile, chunks = hopper_site.project_plan(m, 24, 132)
     rows = tile["ROWS"]
-    assert (hopper_site.project_chunks(m, 24) == 1) == alone
+    assert (chunks == 1) == alone
+    assert chunks * -(-m // rows) <= resident * 132
     types = {**site_types(), **dict.fromkeys(("x_desc", "x1_desc"), descriptor("bf16", rows, 64))}
     values = {"PROJECT": project, "ALONE": alone, **x, **tile}
     compiled = compile_gluon(gluon_site.site_project_hopper_kernel, types, values, tmp_path, warps=rows // 16)
