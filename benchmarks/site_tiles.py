@@ -19,7 +19,7 @@ CHOICES = {
         for programs in (108, 132, 216, 264)
     ),
     "RESIDENT": (1, 2, 3),
-    "NARROW_ROWS": (0, 2**31),  # 256 columns at a time in the second pass, or 128 (RESIDENT is of these)
+    "WIDE_ELEMENTS": (0, 2**60),  # 256 columns at a time in the second pass, or 128 (RESIDENT is of these)
 }
 
 

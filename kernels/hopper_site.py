@@ -31,7 +31,8 @@ SUM_ROWS, MANY_SUM_ROWS, MANY_SUMS = 4, 16, 2048  # of a program of the sum, and
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
 WIDE_STAGES = 3
-NARROW_ROWS = 512  # for which 256 columns at a time are not faster
+WIDE_ELEMENTS = 10_000_000  # of x, from which on 256 columns at a time are faster
+OPERATORS = 2.5  # what they cost a program of the second pass, in tiles
 # A single bf16 part of G is within a part in 500 of z G: far below a step of 4 bits, not of 8.
 PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
@@ -102,14 +103,14 @@ def rotate_quantize(
     row_tiles = cdiv(m, ROWS)
     z_desc = descriptor(z, ROWS, RANK) if rank else x_desc
     rest = x_desc, x1_desc, split, z_desc, basis_desc, signs, scale, codes, m, k, block**-0.5
-    if rank and m > NARROW_ROWS and takes_wide(k, split, mode):
-        tiles = tiles_per_program(row_tiles, k // WIDE_COLUMNS, multiprocessors)
+    if rank and m * k >= WIDE_ELEMENTS and takes_wide(k, split, mode):
+        tiles = tiles_per_program(row_tiles, k // WIDE_COLUMNS, multiprocessors, OPERATORS)
         launch(
             site_quantize_wide_kernel, (k // WIDE_COLUMNS, cdiv(row_tiles, tiles)),
             *rest, BLOCK=block, STAGES=WIDE_STAGES, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     else:
-        tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors)
+        tiles = tiles_per_program(row_tiles, blocks, RESIDENT * multiprocessors, OPERATORS)
         launch(
             site_quantize_hopper_kernel, (blocks, cdiv(row_tiles, tiles)),
             *rest, PROJECT=rank > 0, BLOCK=block, MODE=mode, PARTS=PARTS[mode], STAGES=STAGES,

@@ -184,13 +184,13 @@ def site_blocks(m: int) -> dict[str, int]:
 
 
 @cache
-def tiles_per_program(row_tiles: int, parts: int, resident: int) -> int:
+def tiles_per_program(row_tiles: int, parts: int, resident: int, operators: float = 1.0) -> int:
     """Row tiles of one program, for `parts` programs side by side and `resident` at a time on the chip.
 
-    The least time where a program costs its tiles and one more for its operators, and programs run in full rounds.
+    The least time where a program costs its tiles and as much as `operators` more, and programs run in full rounds.
     """
     rounds = {tiles: -(-parts * -(-row_tiles // tiles) // resident) for tiles in range(1, row_tiles + 1)}
-    return min(rounds, key=lambda tiles: rounds[tiles] * (tiles + 1))
+    return min(rounds, key=lambda tiles: rounds[tiles] * (tiles + operators))
 
 
 def project_blocks(m: int) -> dict[str, int]:

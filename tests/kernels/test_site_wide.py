@@ -37,11 +37,11 @@ def test_both_widths_give_the_same_bits(m, widths, rank, block, monkeypatch):
     if not triton_site._on_hopper(x, rest[0]):
         pytest.skip("not this GPU's kernel")
 
-    def quantize(narrow_rows):
-        monkeypatch.setattr(hopper_site, "NARROW_ROWS", narrow_rows)
+    def quantize(wide_elements):
+        monkeypatch.setattr(hopper_site, "WIDE_ELEMENTS", wide_elements)
         return triton_site.rotate_quantize(parts, *rest, "int4")
 
-    narrow, wide, again = quantize(m), quantize(0), quantize(0)
+    narrow, wide, again = quantize(x.numel() + 1), quantize(0), quantize(0)
     assert all(map(torch.equal, wide, narrow)) and all(map(torch.equal, again, wide))
 
 
@@ -50,12 +50,12 @@ def test_both_widths_give_the_same_bits(m, widths, rank, block, monkeypatch):
 @pytest.mark.parametrize(
     ("m", "widths", "rank", "wide"),
     [
-        (600, (3072, 12288), 64, True),
-        (513, (256,), 8, True),
-        (512, (256,), 8, False),  # too few rows for it to be faster
-        (600, (3072, 12288), 0, False),  # no subspace
-        (600, (1152,), 64, False),  # PixArt's: no multiple of 256 columns
-        (600, (128, 128), 64, False),  # a part that ends within 256 columns
+        (700, (3072, 12288), 64, True),
+        (39_063, (256,), 8, True),
+        (39_062, (256,), 8, False),  # too few for it to be faster
+        (700, (3072, 12288), 0, False),  # no subspace
+        (8700, (1152,), 64, False),  # PixArt's: no multiple of 256 columns
+        (39_063, (128, 128), 64, False),  # a part that ends within 256 columns
     ],
 )
 def test_taken_where_it_can_be(m, widths, rank, wide, mode, monkeypatch):
