@@ -120,15 +120,22 @@ def plot(rows: list[dict[str, Any]], modes: list[str], title: str) -> None:
     from matplotlib import pyplot
 
     shapes = sorted({(row["K"], row["N"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(3 * len(shapes), 3.4), sharey=True, squeeze=False)
-    for axis, (k, n) in zip(axes[0], shapes, strict=True):
+    columns = min(3, len(shapes))
+    lines = -(-len(shapes) // columns)
+    size = 4.5 * columns, 3.2 * lines
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(shapes) :]:
+        axis.remove()
+    for axis, (k, n) in zip(axes.flat, shapes, strict=False):
         here = sorted((row for row in rows if (row["K"], row["N"]) == (k, n)), key=lambda row: row["M"])
         for name in ["torch fp8", *(f"ours {mode}" for mode in modes)]:
             points = [(row["M"], row["ms"]["bf16"] / row["ms"][name]) for row in here if name in row["ms"]]
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", title=f"{k} → {n}", xlabel="tokens")
-    axes[0][0].set_ylabel("speed against bf16 F.linear")
+        axis.set(xscale="log", title=f"{k} → {n}")
+        axis.tick_params(labelbottom=True)
+    figure.supxlabel("tokens")
+    figure.supylabel("speed against bf16 F.linear")
     axes[0][0].legend()
     figure.suptitle(title)
     figure.tight_layout()
