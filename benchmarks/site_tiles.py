@@ -4,29 +4,32 @@ python benchmarks/site_tiles.py [--tokens 4608] [--columns 3072 12288] [--mode i
 """
 
 import argparse
-from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dirotq.kernels import hopper_site, replay, rotate_quantize
 
-CHOICES = {
-    "project_plan": tuple(  # with the programs that share the rows
-        ({"ROWS": rows, "WIDTH": width, "STAGES": stages}, programs)
-        for rows, width, stages in ((64, 1, 6), (64, 2, 3), (64, 2, 4), (128, 1, 4), (128, 2, 2))
-        for programs in (108, 132, 216, 264)
-    ),
+TILES = tuple(
+    {"ROWS": rows, "WIDTH": width, "STAGES": stages}
+    for rows, width, stages in ((64, 1, 6), (64, 2, 3), (64, 2, 4), (128, 1, 4), (128, 2, 2))
+)
+ON_EACH = (0.8, 1.0, 1.64, 2.0)  # programs of the projection for each multiprocessor
+CHOICES: dict[str, tuple[Any, ...]] = {
     "RESIDENT": (1, 2, 3),
     "WIDE_ELEMENTS": (0, 2**60),  # 256 columns at a time in the second pass, or 128 (RESIDENT is of these)
 }
 
 
-def plan(choice: tuple[dict[str, int], int]) -> Callable[..., tuple[dict[str, int], int]]:
-    """`hopper_site.project_plan` that always takes this tile, and shares its rows among that many programs."""
-    tile, programs = choice
-    return lambda m, blocks, _: (tile, min(blocks, max(1, programs // -(-m // tile["ROWS"])), hopper_site.MOST_CHUNKS))
+def plans(m: int, k: int) -> list[tuple[int, int]]:
+    """Tiles of the projection, by their number, and numbers of programs that share their rows; each once."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    chunks = {
+        (i, round(each * processors) // -(-m // tile["ROWS"])) for i, tile in enumerate(TILES) for each in ON_EACH
+    }
+    return sorted({(i, min(k // 128, max(1, count), 32)) for i, count in chunks})
 
 
 def main() -> None:
@@ -42,11 +45,12 @@ def main() -> None:
         basis = torch.linalg.qr(torch.randn(k, 64, device="cuda"))[0].bfloat16().contiguous()
         signs = (torch.randint(0, 2, (k,), device="cuda") * 2 - 1).to(torch.int8)
         wide = hopper_site.takes_wide(k, k, arguments.mode)
-        for values in product(*CHOICES.values()):
-            if values[-1] == 0 and not (wide and values[-2] == CHOICES["RESIDENT"][0]):
+        for (tile, chunks), *values in product(plans(m, k), *CHOICES.values()):
+            if values[-1] == 0 and not (wide and values[0] == CHOICES["RESIDENT"][0]):
                 continue
+            hopper_site.project_plan = lambda *_, plan=(TILES[tile], chunks): plan
             for name, value in zip(CHOICES, values, strict=True):
-                setattr(hopper_site, name, plan(value) if name == "project_plan" else value)
+                setattr(hopper_site, name, value)
             rotate_quantize(xs[0], basis, signs, 128, arguments.mode)
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -56,7 +60,9 @@ def main() -> None:
             kernels = [event for event in seen.key_averages() if event.key.endswith("_kernel")]
             parts = "  ".join(f"{event.key.removesuffix('_kernel')} {event.device_time:.1f}" for event in kernels)
             choice = ", ".join(f"{name} {value}" for name, value in zip(CHOICES, values, strict=True))
-            print(f"K {k}  {choice}: {sum(event.device_time for event in kernels):.1f} us  {parts}")
+            plan = ", ".join(f"{name} {value}" for name, value in TILES[tile].items())
+            total = sum(event.device_time for event in kernels)
+            print(f"K {k}  {plan}, parts {chunks}, {choice}: {total:.1f} us  {parts}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gluon kernel for Hopper: the second pass of `rotate_quantize` over many rows, 256 columns at a time.
+"""Gluon kernel for Hopper: the second pass of `rotate_quantize` over a large x, 256 columns at a time.
 
 What `gluon_site.site_quantize_hopper_kernel` computes for "int4", with the same bits. One warp loads tiles with the
 tensor memory accelerator; two warpgroups have 128 columns each, one multiplying while the other rounds, and share the

@@ -20,14 +20,12 @@ from .triton_site import sum_project_kernel, tiles_per_program
 
 ROWS, WIDTH, RANK, WIDE_COLUMNS = BM.value, COLUMNS.value, RANKS.value, WIDE.value  # plain numbers, quick to read
 
-# Found by measurement (benchmarks/site_tiles.py).
-# Of the projection: the share of multiprocessors that one program each must fill, programs if there are two on each,
-# and parts of x U for whose sum it is not too slow, with one and with two.
-FULL = 0.9
-TWO_PROGRAMS = 216
+# Found by measurement on an H200, plans of the projection and widths of the second pass with benchmarks/site_tiles.py.
+# Share of the multiprocessors that programs of the projection, one on each, must fill, if K has parts enough; and their
+# number for each multiprocessor where there are two on most. Parts of x U for whose sum it is not too slow, of both.
+FULL, TWO = 0.9, 1.64
 MOST_CHUNKS, TWO_MOST_CHUNKS = 32, 12
-MANY_ROWS = ROWS * TWO_PROGRAMS  # more than these are not divided into parts, however many a program takes
-SUM_ROWS, MANY_SUM_ROWS, MANY_SUMS = 4, 16, 2048  # of a program of the sum, and that of more rows than these
+SUM_ROWS, MANY_SUM_ROWS, MANY_SUMS = 4, 16, 2048  # rows of a program of the sum, of up to MANY_SUMS rows and of more
 STAGES = 2
 RESIDENT = 2  # programs of the second pass on a multiprocessor
 WIDE_STAGES = 3
@@ -38,19 +36,20 @@ PARTS = {"codebook": 1, "int4": 1, "int8": 2}
 
 
 def project_plan(m: int, blocks: int, multiprocessors: int) -> tuple[dict[str, int], int]:
-    """Rows of a program of the projection, columns of its steps, in units of 64, and how many are on their way; and how
-    many programs share the rows of a tile, for `blocks` of 128 columns in K.
+    """Rows of a program of the projection, columns of its steps, in units of 64, and steps on their way; and how many
+    programs share the rows of a tile, for `blocks` of 128 columns in K.
 
-    Two of those units at most, so that they lie in one part of x. One program on a multiprocessor can have more on its
-    way than two. Every program reads U, from the cache: fewer do where there are rows for all multiprocessors.
+    At most two units, so that they lie in one part of x. A program alone on a multiprocessor can have more on its way
+    than each of two. Every program reads U, from the cache: fewer do where there are rows for all multiprocessors.
     """
     tiles = cdiv(m, ROWS)
     chunks = multiprocessors // tiles
     if chunks * tiles >= FULL * multiprocessors:
         return {"ROWS": ROWS, "WIDTH": 2, "STAGES": 4}, min(blocks, chunks, MOST_CHUNKS)
-    if m > MANY_ROWS:
+    programs = round(TWO * multiprocessors)
+    if tiles > programs:
         return {"ROWS": 2 * ROWS, "WIDTH": 1, "STAGES": 4}, 1
-    return {"ROWS": ROWS, "WIDTH": 2, "STAGES": 3}, min(blocks, max(1, TWO_PROGRAMS // tiles), TWO_MOST_CHUNKS)
+    return {"ROWS": ROWS, "WIDTH": 2, "STAGES": 3}, min(blocks, programs // tiles, TWO_MOST_CHUNKS)
 
 
 def sum_rows(m: int) -> int:

@@ -120,6 +120,15 @@ def test_site_kernels_compile(chip, name, tmp_path):
     check(compiled, target, shared_memory, tmp_path)
 
 
+@pytest.mark.parametrize(("chunks", "rows"), [(32, 4), (3, 16), (120, 16)])
+@pytest.mark.parametrize("chip", [chip for chip in TARGETS if chip.startswith("sm_")])
+def test_sum_of_parts_compiles(chip, chunks, rows, tmp_path):
+    target, shared_memory, _ = TARGETS[chip]
+    values = {"CHUNKS": chunks, "PROJECT": True, "OVERLAP": overlaps(chip), "BM": rows, "num_warps": 4, "num_stages": 3}
+    compiled = compile_for(target, triton_site.sum_project_kernel, PASS, values)
+    check(compiled, target, shared_memory, tmp_path)
+
+
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("chip", TARGETS)
 def test_few_tokens_compiles(chip, tokens, tmp_path):

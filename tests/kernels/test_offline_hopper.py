@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from .offline import KIB, TARGETS, compile_gluon, descriptor, needs_gluon
 
@@ -122,12 +124,28 @@ def test_hopper_quantize_compiles(mode, block, project, x, tmp_path):
 
 
 @needs_gluon
+@given(st.integers(1, 40_000), st.integers(1, 240), st.integers(1, 160))
+def test_projection_fills_the_chip(m, blocks, multiprocessors):
+    from dirotq.kernels import hopper_site
+
+    tile, chunks = hopper_site.project_plan(m, blocks, multiprocessors)
+    programs = chunks * -(-m // tile["ROWS"])
+    two = 2 if tile["STAGES"] * tile["WIDTH"] * (tile["ROWS"] + 64) * 128 < 114 * KIB else 1  # by their shared memory
+    assert 1 <= chunks <= blocks
+    assert chunks == 1 or programs <= two * multiprocessors
+    assert tile["WIDTH"] * 64 <= 128 and blocks * 128 >= chunks * tile["WIDTH"] * 64  # each has a step at least
+    assert 1 <= hopper_site.sum_rows(m) <= 16
+
+
+@needs_gluon
 @pytest.mark.parametrize(
     ("m", "resident", "alone", "project"),
     [
         (512, 1, False, True),
+        (512, 1, False, False),
         (4608, 2, False, True),
         (8192, 1, True, True),
+        (8192, 1, True, False),
         (8704, 2, True, True),
         (8704, 2, True, False),
         (16384, 2, True, True),

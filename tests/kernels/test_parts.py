@@ -127,13 +127,16 @@ def x_of(launched):
     return first
 
 
-# The last has 256 columns at a time.
-@pytest.mark.parametrize(("m", "first"), [(1, 128), (5, 128), (300, 128), (600, 256)])
-def test_hopper_reads_two_parts_where_they_lie(m, first, launched):
-    from dirotq.kernels import triton_rotate
+@pytest.mark.parametrize(
+    ("m", "first", "wide"), [(1, 128, False), (5, 128, False), (300, 128, False), (600, 256, True)]
+)
+def test_hopper_reads_two_parts_where_they_lie(m, first, wide, launched, monkeypatch):
+    from dirotq.kernels import gluon_site_wide, hopper_site, triton_rotate
 
+    monkeypatch.setattr(hopper_site, "WIDE_ELEMENTS", 1)  # where 256 columns at a time can be, they are
     parts, rest = site(m, (first, 256), 8, 64)
     triton_rotate.rotate_quantize_parts(parts, *rest, "int4")
+    assert (launched[-1][0] is gluon_site_wide.site_quantize_wide_kernel) == wide
     x, x1, split = x_of(launched)
     assert split == first and x.shape == [m, first] and x1.shape == [m, 256]
     assert [d.base.data_ptr() for d in (x, x1)] == [p.data_ptr() for p in parts]

@@ -181,7 +181,8 @@ def readable(launched, args):
 @pytest.mark.parametrize(
     ("op", "m"),
     [(op, m) for op in OPS for m in (8, 512)]
-    + [(op, 10_240) for op in OPS if "256 columns" in op or op in ("rotate_quantize", "linear_a8_siblings")],
+    + [(op, 8192) for op in ("rotate_quantize", "linear_a8_siblings")]
+    + [(op, 10_240) for op in OPS if "256 columns" in op],
 )
 def test_ops_launch_the_same(hopper, op, m):
     run = getattr(torch.ops.dirotq, op.split(",")[0]).default
@@ -332,7 +333,7 @@ def test_another_backend_from_now_on(hopper, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [8, 512, 10_240])
+@pytest.mark.parametrize("m", [8, 512, 8192, 10_240])
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_on_a_gpu(op, m):
     run = getattr(torch.ops.dirotq, op.split(",")[0]).default
