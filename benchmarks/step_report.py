@@ -55,7 +55,8 @@ def table(step: dict[str, Any]) -> str:
 def _title(step: dict[str, Any]) -> str:
     model = {"flux": "FLUX.1-dev", "pixart": "PixArt-Σ"}[step["model"]]
     note = f" ({step['note']})" if "note" in step else ""
-    return f"{model}, {step['pixels']}², batch {step['batch']}{note}"
+    guided = " with guidance" if step["model"] == "pixart" else ""
+    return f"{model}, {step['pixels']}², batch {step['batch']}{guided}{note}"
 
 
 def _axes(steps: list[dict[str, Any]], setting: dict[str, Any]):
