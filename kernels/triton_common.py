@@ -5,6 +5,7 @@ import struct
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 
@@ -35,6 +36,11 @@ def expansion(table: tuple[int, ...]) -> tuple[int, ...] | None:
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def has_ptx() -> bool:
+    """Whether kernels may hold PTX: they are compiled for NVIDIA."""
+    return not INTERPRETED.value and torch.version.hip is None
+
+
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """fp32 x rounded to nearest even in DTYPE."""
@@ -60,6 +66,41 @@ def decode(codes, t0, t1, t2, t3):
     high = tl.where((codes & 4) != 0, t3, t2)
     word = tl.where((codes & 8) != 0, high, low)
     return (word >> ((codes & 3) * 8)).to(tl.int8)
+
+
+def permute(t0: int, t1: int, t2: int, t3: int) -> str:
+    """PTX: the eight codes of operand 2 to two words of four table bytes, operands 0 and 1.
+
+    t0..t3: the operands that hold the table. Its low and its high half are permuted by bits 0 to 2 of each code, then
+    bit 3 picks between them.
+    """
+    four = f"prmt.b32 a, ${t0}, ${t1}, c;\nprmt.b32 b, ${t2}, ${t3}, c;\nprmt.b32 %s, a, b, s;\n"
+    return (
+        "{\n.reg .b32 c, s, a, b;\nand.b32 c, $2, 0x77777777;\n"
+        "shr.b32 s, $2, 1;\nand.b32 s, s, 0x44444444;\nor.b32 s, s, 0x32103210;\n"
+        + four % "$0" + "shr.b32 c, c, 16;\nshr.b32 s, s, 16;\n" + four % "$1" + "}\n"
+    )  # fmt: skip
+
+
+# Of four bytes at a time: the table is then an argument per byte.
+_PERMUTE_FOUR = tl.constexpr(permute(3, 7, 11, 15))
+_PERMUTE_FOUR_OPERANDS = tl.constexpr("=&r,=&r,r" + ",r" * 16)
+
+
+@triton.jit
+def decode_pairs(packed, t0, t1, t2, t3, ASM: tl.constexpr):
+    """int8 table values of the low and of the high code of each byte of uint8 `packed`.
+
+    Code by code, that is ten times as many instructions as multiply the values. ASM (NVIDIA) looks four up at once.
+    """
+    if ASM:
+        pairs = tl.inline_asm_elementwise(
+            _PERMUTE_FOUR, _PERMUTE_FOUR_OPERANDS, [packed, t0, t1, t2, t3], tl.int16, True, 4
+        )
+        return pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
+    else:
+        codes = packed.to(tl.int32)
+        return decode(codes & 15, t0, t1, t2, t3), decode(codes >> 4, t0, t1, t2, t3)
 
 
 @triton.jit

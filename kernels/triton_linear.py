@@ -15,14 +15,14 @@ from . import triton_add
 from .addend import Addend, addend
 from .hopper_costs import FEWEST_TOKENS
 from .launch import cdiv, is_hopper, launch, on_device_of
-from .triton_common import decode, gelu, low_rank_tile, narrow, table_words, tile_of
+from .triton_common import decode_pairs, gelu, has_ptx, low_rank_tile, narrow, table_words, tile_of
 
 
 @triton.jit(do_not_specialize=["t0", "t1", "t2", "t3"])
 def linear_a8_kernel(
     codes_ptr, scale_ptr, z_ptr, weight_ptr, weight_scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
     M, N, K, r, stride_out, t0, t1, t2, t3,
-    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] = ((Σ_k a w) · s) · t + z Lᵀ + b, or GELU of it."""
@@ -31,9 +31,7 @@ def linear_a8_kernel(
     w_at = weight_ptr + cols[:, None].to(tl.int64) * (K // 2) + tl.arange(0, BK // 2)[None, :]
     total = tl.zeros((BN, BM), tl.int32)
     for _ in range(0, K, BK):
-        packed = tl.load(w_at, mask=cols[:, None] < N, other=0).to(tl.int32)
-        low = decode(packed & 15, t0, t1, t2, t3)
-        high = decode(packed >> 4, t0, t1, t2, t3)
+        low, high = decode_pairs(tl.load(w_at, mask=cols[:, None] < N, other=0), t0, t1, t2, t3, ASM)
         w = tl.reshape(tl.join(low, high), (BN, BK))
         a = tl.load(a_at, mask=rows[None, :] < M, other=0)
         total = tl.dot(w, a, total, out_dtype=tl.int32)
@@ -182,5 +180,5 @@ def _multiply(
         linear_a8_kernel, grid,
         codes, scale, z_or_any, weight.contiguous(), weight_scale, low_rank_or_any, bias_or_any, out,
         m, n, k, rank, out.stride(0), *table_words(table),
-        HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, GELU=gelu, **tile,
+        HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, GELU=gelu, ASM=has_ptx(), **tile,
     )  # fmt: skip

@@ -9,27 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, launch
-from .triton_common import INTERPRETED, decode, table_words
+from .triton_common import decode, has_ptx, permute, table_words
 
-# Eight codes of one 32-bit word to two words of four table bytes: the low and the high half of the table are permuted
-# by bits 0-2 of each code, then bit 3 picks between them.
-_PERMUTE = tl.constexpr("""
-{
-.reg .b32 c, s, a, b;
-and.b32 c, $2, 0x77777777;
-shr.b32 s, $2, 1;
-and.b32 s, s, 0x44444444;
-or.b32 s, s, 0x32103210;
-prmt.b32 a, $3, $4, c;
-prmt.b32 b, $5, $6, c;
-prmt.b32 $0, a, b, s;
-shr.b32 c, c, 16;
-shr.b32 s, s, 16;
-prmt.b32 a, $3, $4, c;
-prmt.b32 b, $5, $6, c;
-prmt.b32 $1, a, b, s;
-}
-""")
+_PERMUTE = tl.constexpr(permute(3, 4, 5, 6))
 
 
 @triton.jit
@@ -85,7 +67,7 @@ def unpack(
         table = _as_bytes(tuple(table), dtype)
     block = 1024
     early = {"launch_pdl": True} if overlap else {}  # unknown to some GPUs' compilers
-    asm = not INTERPRETED.value and torch.version.hip is None
+    asm = has_ptx()
     launch(
         unpack_kernel, (cdiv(words, block),), weight.view(torch.int32), out.view(torch.int32), words,
         *table_words(table), ASM=asm, BLOCK=block, OVERLAP=overlap, num_warps=4, **early,

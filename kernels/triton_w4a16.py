@@ -16,12 +16,13 @@ from torch import Tensor
 from . import triton_one_token
 from .launch import cdiv, early, launch, on_device_of
 from .triton_common import (
-    INTERPRETED,
     add_rest,
     begin,
     by_code,
     decode,
+    decode_pairs,
     dot,
+    has_ptx,
     low_rank_tile,
     narrow,
     table_words,
@@ -160,7 +161,7 @@ def few_tokens_kernel(
 def many_tokens_kernel(
     x_ptr, z_ptr, weight_ptr, scale_ptr, low_rank_ptr, bias_ptr, out_ptr,
     M, N, K, r, groups, stride_x, t0, t1, t2, t3,
-    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out [M, N], tiled, BK = 64; weights are the left operand, as in `triton_linear`."""
@@ -170,9 +171,8 @@ def many_tokens_kernel(
     scale_at = scale_ptr + cols.to(tl.int64) * groups
     total = tl.zeros((BN, BM), tl.float32)
     for start in range(0, K, BK):
-        packed = tl.load(w_at + start // 2, mask=cols[:, None] < N, other=0).to(tl.int32)
-        low = decode(packed & 15, t0, t1, t2, t3)
-        high = decode(packed >> 4, t0, t1, t2, t3)
+        packed = tl.load(w_at + start // 2, mask=cols[:, None] < N, other=0)
+        low, high = decode_pairs(packed, t0, t1, t2, t3, ASM)
         w = tl.reshape(tl.join(low, high), (BN, BK)).to(tl.float32)
         x = tl.load(x_at + start, mask=rows[None, :] < M, other=0.0)
         scale = tl.load(scale_at + tl.where(groups == 1, 0, start // BK), mask=cols < N, other=0.0).to(tl.float32)
@@ -237,7 +237,7 @@ def linear_a16(
             )
         elif m <= FEW_TOKENS:
             tile = few_tokens_blocks(m)
-            asm = not INTERPRETED.value and torch.version.hip is None
+            asm = has_ptx()
             launch(
                 few_tokens_kernel, (cdiv(n, tile["BN"]), cdiv(m, tile["BM"])),
                 x, z_or_any, weight.view(torch.int32), weight_scale, low_rank_or_any, bias_or_any, out,
@@ -249,6 +249,6 @@ def linear_a16(
             launch(
                 many_tokens_kernel, (cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),),
                 x, z_or_any, weight, weight_scale, low_rank_or_any, bias_or_any, out,
-                m, n, k, rank, groups, x.stride(0), *table_words(table), **has, **tile,
+                m, n, k, rank, groups, x.stride(0), *table_words(table), ASM=has_ptx(), **has, **tile,
             )  # fmt: skip
     return out

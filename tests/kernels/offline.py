@@ -83,6 +83,22 @@ def spilled(compiled, target, folder):
     return int(stack)
 
 
+def loop(compiled, matrix, folder):
+    """Names of the instructions in the loop with most instructions `matrix` of a compiled kernel, in order."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    listing = subprocess.run([tool, "-c", binary], capture_output=True, text=True, check=True).stdout.splitlines()
+    labels = {found[1]: i for i, line in enumerate(listing) if (found := re.match(r"(\.L_x_\d+):", line))}
+    loops = []
+    for end, line in enumerate(listing):
+        target = re.search(r"BRA[^`]*`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], end) < end:
+            body = "\n".join(listing[labels[target[1]] : end])
+            loops.append(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body, re.M))
+    return max(loops, key=lambda names: names.count(matrix))
+
+
 def check(compiled, target, shared_memory, folder, most_spilled=0):
     assert compiled.metadata.shared <= shared_memory
     assert spilled(compiled, target, folder) <= most_spilled or not NEW

@@ -24,7 +24,7 @@ from dirotq.kernels import (  # noqa: E402
     triton_w4a16,
 )
 
-from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, overlaps  # noqa: E402
+from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, loop, overlaps  # noqa: E402
 
 SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
@@ -100,6 +100,8 @@ SPILLING = {
 def test_compiles(chip, name, tmp_path):
     target, shared_memory, int8_matrix = TARGETS[chip]
     kernel, pointers, values, is_int8 = KERNELS[name]
+    if "ASM" in kernel.arg_names:
+        values = {**values, "ASM": target.backend == "cuda"}
     compiled = compile_for(target, kernel, pointers, values)
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     assert re.search(FLOAT_MATRIX, assembly)
@@ -108,6 +110,17 @@ def test_compiles(chip, name, tmp_path):
         assert compiled.metadata.shared <= shared_memory
         pytest.xfail(f"spills: {SPILLING[chip, name]}")
     check(compiled, target, shared_memory, tmp_path)
+
+
+@pytest.mark.parametrize(("chip", "tokens"), [("sm_80", 4608), ("sm_86", 64), ("sm_89", 4608), ("sm_120", 4608)])
+def test_expanding_weights_does_not_outweigh_multiplying_them(chip, tokens, tmp_path):
+    target, _, _ = TARGETS[chip]
+    tile = triton_linear.blocks(tokens, 3072)
+    compiled = compile_for(target, triton_linear.linear_a8_kernel, A8, {**LINEAR_A8, "ASM": True, **tile})
+    names = loop(compiled, "IMMA", tmp_path)
+    integers = sum(names.count(name) for name in ("PRMT", "LOP3", "SEL", "SHF", "ISETP", "IADD3"))
+    # A matrix instruction of 16 by 8 by 32 keeps a quarter of a multiprocessor for 16 cycles, each of these for two.
+    assert 2 * integers <= 16 * names.count("IMMA")
 
 
 @pytest.mark.parametrize("name", SITE_KERNELS)
