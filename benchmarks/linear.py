@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from step_report import panels
 from torch import Tensor
 
 from dirotq import kernels
@@ -114,19 +115,9 @@ def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, float]:
 
 
 def plot(rows: list[dict[str, Any]], modes: list[str], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shapes = sorted({(row["K"], row["N"]) for row in rows})
-    columns = min(3, len(shapes))
-    lines = -(-len(shapes) // columns)
-    size = 4.5 * columns, 3.2 * lines
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    for axis in axes.flat[len(shapes) :]:
-        axis.remove()
-    for axis, (k, n) in zip(axes.flat, shapes, strict=False):
+    figure, axes = panels(len(shapes), 4.5, 3.2, sharex=True, sharey=True)
+    for axis, (k, n) in zip(axes, shapes, strict=True):
         here = sorted((row for row in rows if (row["K"], row["N"]) == (k, n)), key=lambda row: row["M"])
         for name in ["torch fp8", *(f"ours {mode}" for mode in modes)]:
             points = [(row["M"], row["ms"]["bf16"] / row["ms"][name]) for row in here if name in row["ms"]]
@@ -136,7 +127,7 @@ def plot(rows: list[dict[str, Any]], modes: list[str], title: str) -> None:
         axis.tick_params(labelbottom=True)
     figure.supxlabel("tokens")
     figure.supylabel("speed against bf16 F.linear")
-    axes[0][0].legend()
+    axes[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(RESULTS / "linear.png", dpi=120)

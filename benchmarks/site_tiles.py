@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dirotq.kernels import hopper_site, replay, rotate_quantize
+from dirotq.kernels.launch import cdiv
 
 TILES = tuple(
     {"ROWS": rows, "WIDTH": width, "STAGES": stages}
@@ -26,10 +27,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 def plans(m: int, k: int) -> list[tuple[int, int]]:
     """Tiles of the projection, by their number, and numbers of programs that share their rows; each once."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    chunks = {
-        (i, round(each * processors) // -(-m // tile["ROWS"])) for i, tile in enumerate(TILES) for each in ON_EACH
-    }
-    return sorted({(i, min(k // 128, max(1, count), 32)) for i, count in chunks})
+    most = min(k // hopper_site.WIDTH, hopper_site.MOST_CHUNKS)
+    counts = (
+        (i, round(each * processors) // cdiv(m, tile["ROWS"])) for i, tile in enumerate(TILES) for each in ON_EACH
+    )
+    return sorted({(i, min(max(1, count), most)) for i, count in counts})
 
 
 def main() -> None:

@@ -59,19 +59,25 @@ def _title(step: dict[str, Any]) -> str:
     return f"{model}, {step['pixels']}², batch {step['batch']}{guided}{note}"
 
 
-def _axes(steps: list[dict[str, Any]], setting: dict[str, Any]):
+def panels(count: int, width: float, height: float, **shared: bool):
+    """A figure and its `count` panels of this size in inches, three in a row. shared: axes, as in `subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(3, len(steps))
-    rows = -(-len(steps) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(6.5 * columns, 5 * rows), squeeze=False)
-    figure.suptitle(f"One denoising step, random weights: {setting['gpu']}, torch {setting['torch']}")
-    for axis in axes.flat[len(steps) :]:
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **shared)
+    for axis in axes.flat[count:]:
         axis.remove()
-    return figure, axes.flat[: len(steps)]
+    return figure, axes.flat[:count]
+
+
+def _axes(steps: list[dict[str, Any]], setting: dict[str, Any]):
+    figure, axes = panels(len(steps), 6.5, 5)
+    figure.suptitle(f"One denoising step, random weights: {setting['gpu']}, torch {setting['torch']}")
+    return figure, axes
 
 
 def plot_times(steps: list[dict[str, Any]], setting: dict[str, Any], file: Path) -> None:

@@ -69,26 +69,27 @@ def compile_for(target, kernel, pointers, values):
         raise
 
 
+def listed(compiled, folder, tool, option):
+    """What a tool that comes with Triton says of a kernel compiled for NVIDIA."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, binary]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def spilled(compiled, target, folder):
     """Bytes (NVIDIA) or registers (AMD) that the compiled kernel keeps in memory for want of registers."""
     if target.backend == "hip":
         counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
         assert counts
         return sum(map(int, counts))
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    listing = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
-    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", listing)
+    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", listed(compiled, folder, "cuobjdump", "--dump-resource-usage"))
     return int(stack)
 
 
 def loop(compiled, matrix, folder):
     """Names of the instructions in the loop with most instructions `matrix` of a compiled kernel, in order."""
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    listing = subprocess.run([tool, "-c", binary], capture_output=True, text=True, check=True).stdout.splitlines()
+    listing = listed(compiled, folder, "nvdisasm", "-c").splitlines()
     labels = {found[1]: i for i, line in enumerate(listing) if (found := re.match(r"(\.L_x_\d+):", line))}
     loops = []
     for end, line in enumerate(listing):
