@@ -6,16 +6,24 @@ on a GPU where 8-bit products are fast, a tenth of a step.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
-from ..kernels import qk_norm_rope
+from ..kernels import attend, qk_norm_rope
 from .linear import Added
 from .offloading import attribute
+
+# What others may put something else in place of.
+_PYTORCH = nn.functional.scaled_dot_product_attention
 
 
 class DiRotQFluxAttnProcessor(FluxAttnProcessor):
@@ -47,16 +55,23 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         projected = [[projection(x).unflatten(-1, heads) for projection in linears] for x, *linears in inputs]
         queries, keys, values = ([part[i] for part in projected] for i in range(3))
         cos, sin = (angles.to(queries[0].device) for angles in image_rotary_emb)
+        ours = attention_mask is None and self._nobody_chose()
+        # `attend` on Hopper computes powers of two of the scores: with the factor in the queries, it multiplies none.
+        powers = ours and queries[0].is_cuda and queries[0].dtype == torch.bfloat16 and attn.head_dim == 128
         query, key, value = qk_norm_rope(
             queries, keys, values if len(values) > 1 else [], [_weight(n) for n, _ in norms],
             [_weight(n) for _, n in norms], cos, sin, attn.norm_q.eps,
+            query_scale=math.log2(math.e) / math.sqrt(attn.head_dim) if powers else 1.0,
         )  # fmt: skip
         if len(values) == 1:
             value = values[0]
-        out = dispatch_attention_fn(
-            query, key, value,
-            attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config,
-        )  # fmt: skip
+        if ours:
+            out = attend(query, key, value, scale=math.log(2) if powers else None)
+        else:
+            out = dispatch_attention_fn(
+                query, key, value,
+                attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config,
+            )  # fmt: skip
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
@@ -64,6 +79,15 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         if add is not None:
             return attn.to_out[0](image.contiguous(), add=add[0]), attn.to_add_out(text.contiguous(), add=add[1])
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+
+    def _nobody_chose(self) -> bool:
+        """Whether attention is neither split over GPUs nor somebody's choice (`set_attention_backend("native")` is)."""
+        return (
+            self._attention_backend is None
+            and self._parallel_config is None
+            and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+            and nn.functional.scaled_dot_product_attention is _PYTORCH
+        )
 
 
 def applies(attn: FluxAttention, rotary: Any) -> bool:

@@ -332,7 +332,7 @@ def modulation_rows(table: Tensor, timestep: Tensor) -> None:
     _device("table", table, timestep=timestep)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None) -> None:
     _shape("query", query, "B", "S", "H", "D")
     _dtype("query", query, *FLOATS)
     batch, _, heads, d = query.shape
@@ -346,6 +346,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> No
     _dtype("key", key, query.dtype)
     _dtype("value", value, query.dtype)
     _device("query", query, key=key, value=value, bias=bias)
+    if scale is not None:
+        _positive("scale", scale)
 
 
 def qk_norm_rope(
@@ -357,6 +359,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    query_scale: float = 1.0,
 ) -> None:
     if not queries:
         raise ValueError("queries is empty; at least one part is needed")
@@ -390,6 +393,12 @@ def qk_norm_rope(
         _shape(name, angles, length, d)
         _dtype(name, angles, torch.float32)
     _device("queries[0]", first, cos=cos, sin=sin)
+    _positive("query_scale", query_scale)
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; a positive number is needed")
 
 
 def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> None:
@@ -409,5 +418,4 @@ def norm_modulate(parts: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: fl
         _shape(name, row, batch, d)
         _dtype(name, row, first.dtype)
     _device("parts[0]", first, scale=scale, shift=shift)
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; a positive number is needed")
+    _positive("eps", eps)

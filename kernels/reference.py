@@ -271,28 +271,32 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    query_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMS norm per head, parts side by side, columns turned by their position's angles; values side by side."""
     value = torch.cat(list(values), 1) if values else queries[0].new_empty(0)
-    return _norm_rope(queries, query_weights, cos, sin, eps), _norm_rope(keys, key_weights, cos, sin, eps), value
+    turned = _norm_rope(queries, query_weights, cos, sin, eps, query_scale)
+    return turned, _norm_rope(keys, key_weights, cos, sin, eps, 1.0), value
 
 
-def _norm_rope(parts: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def _norm_rope(
+    parts: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float, scale: float
+) -> Tensor:
     normed = [
         torch.nn.functional.rms_norm(x, x.shape[-1:], w.to(x.dtype), eps) for x, w in zip(parts, weights, strict=True)
     ]
     x = torch.cat(normed, 1)
     even, odd = x.unflatten(3, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], -1).flatten(3)
-    return (x.float() * cos[:, None] + turned.float() * sin[:, None]).to(x.dtype)
+    return ((x.float() * cos[:, None] + turned.float() * sin[:, None]) * scale).to(x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     """PyTorch's own, [B, S, H, D] each."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if bias is not None:
         bias = bias[:, None, None]
-    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return y.transpose(1, 2).contiguous()
 
 

@@ -1,5 +1,5 @@
-"""Triton kernel between the projections of queries, keys and values and the attention: RMS norm per head and rotation
-by position, text and image put side by side, in one pass."""
+"""Triton kernels between the projections of queries, keys and values and that of the result: RMS norm per head and
+rotation by position, text and image put side by side, in one pass; attention where Hopper's kernel is in doubt."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .launch import cdiv, early, is_hopper, launch, on_device_of
-from .triton_common import begin, narrow
+from .triton_common import begin, dot, narrow
 
 
 @triton.jit
@@ -31,11 +31,11 @@ def _heads(x_row, start, heads, here, D: tl.constexpr, BH: tl.constexpr):
 @triton.jit
 def qk_norm_rope_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
-    tokens, heads, first, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch, eps,
+    tokens, heads, first, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch, eps, query_scale,
     D: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Queries (program_id(2) = 0), keys (1) or values (2), which are copied, of one part [tokens, heads, D], to `out`
-    from its token `first` on."""
+    from its token `first` on; queries times query_scale."""
     begin(OVERLAP)
     token = tl.program_id(0) * BS + tl.arange(0, BS)
     here = token < tokens
@@ -49,6 +49,7 @@ def qk_norm_rope_kernel(
             at, inside = _places(start, heads, here, D, BH)
             tl.store(v_out_row + at, tl.load(v_row + at, mask=inside), mask=inside)
         return
+    factor = tl.where(tl.program_id(2) == 0, query_scale, 1.0)
     if tl.program_id(2) == 0:
         x_ptr, weight_ptr, out_ptr, x_token = q_ptr + batch * q_batch, q_weight_ptr, q_out_ptr, q_token
     else:
@@ -69,7 +70,7 @@ def qk_norm_rope_kernel(
         x = x * (1 / tl.sqrt(mean + eps))[:, :, None] * weight
         x = narrow(x, out_ptr.dtype.element_ty).to(tl.float32)  # the norm's result is a tensor of that dtype
         even, odd = tl.split(tl.reshape(x, (BS, BH, D // 2, 2)))
-        y = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
+        y = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd) * factor
         at, inside = _places(start, heads, here, D, BH)
         tl.store(out_row + at, narrow(tl.reshape(y, (BS, BH, D)), out_ptr.dtype.element_ty), mask=inside)
 
@@ -87,6 +88,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    query_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = queries[0]
     batch, _, heads, d = x.shape
@@ -107,7 +109,7 @@ def qk_norm_rope(
                     qk_norm_rope_kernel, (cdiv(tokens, TILE["BS"]), batch, 3 if values else 2),
                     q, k, v, q_weight.contiguous(), k_weight.contiguous(), cos, sin,
                     q_out, k_out, v_out if values else k_out, tokens, heads, first,
-                    *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_out.stride(0), eps,
+                    *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_out.stride(0), eps, query_scale,
                     D=d, **TILE, **early(x.device),
                 )  # fmt: skip
             first += tokens
@@ -120,10 +122,54 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == d else x.contiguous()
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+@triton.jit
+def doubtful_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, doubt_ptr, S, keys, heads, tiles, q_row, k_row, v_row,
+    D: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out [B S, heads D] = softmax(ln 2 · q kᵀ) v in those tiles of BQ queries of an image and a head of which
+    doubt [tiles, 2] is not zero (FlashAttention-2, arXiv 2307.08691, algorithm 1); rows of q, k and v lie q_row, k_row
+    and v_row apart."""
+    begin(OVERLAP)
+    per_head = tl.cdiv(S, BQ)
+    column = tl.arange(0, D)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if tl.load(doubt_ptr + 2 * tile) + tl.load(doubt_ptr + 2 * tile + 1) > 0:
+            image = (tile // per_head // heads).to(tl.int64)
+            head = tile // per_head % heads
+            token = tile % per_head * BQ + tl.arange(0, BQ)
+            row = (image * S + token)[:, None]
+            here = (token < S)[:, None]
+            q = tl.load(q_ptr + row * q_row + head * D + column[None, :], mask=here, other=0.0)
+            most = tl.full([BQ], float("-inf"), tl.float32)
+            total = tl.zeros([BQ], tl.float32)
+            o = tl.zeros([BQ, D], tl.float32)
+            for start in range(0, keys, BS):
+                key = start + tl.arange(0, BS)
+                there = (key < keys)[:, None]
+                at = (image * keys + key)[:, None]
+                k = tl.load(k_ptr + at * k_row + head * D + column[None, :], mask=there, other=0.0)
+                v = tl.load(v_ptr + at * v_row + head * D + column[None, :], mask=there, other=0.0)
+                s = dot(q, tl.trans(k), tl.zeros([BQ, BS], tl.float32))
+                s = tl.where((key < keys)[None, :], s, float("-inf"))
+                before = most
+                most = tl.maximum(most, tl.max(s, 1))
+                p = tl.exp2(s - most[:, None])
+                shrink = tl.exp2(before - most)
+                total = total * shrink + tl.sum(p, 1)
+                o = dot(narrow(p, v.dtype), v, o * shrink[:, None])
+            out = out_ptr + row * (heads * D) + head * D + column[None, :]
+            tl.store(out, narrow(o / total[:, None], out_ptr.dtype.element_ty), mask=here)
+
+
+# Tiles of `gluon_wide_attention`, which marks them.
+DOUBTFUL = {"D": 128, "BQ": 128, "BS": 32, "num_warps": 8, "num_stages": 2}
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     if query.numel() and is_hopper(query.device):
         from . import hopper_attention  # Gluon's tools for Hopper are not in older Triton
 
-        if hopper_attention.takes(query):
-            return hopper_attention.attend(query, key, value, bias)
-    return reference.attend(query, key, value, bias)
+        if hopper_attention.takes(query, bias, scale):
+            return hopper_attention.attend(query, key, value, bias, scale)
+    return reference.attend(query, key, value, bias, scale)

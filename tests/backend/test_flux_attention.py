@@ -41,9 +41,9 @@ def called(monkeypatch):
     """Shapes of the queries that `qk_norm_rope` is called with, call by call."""
     calls = []
 
-    def record(queries, *rest):
+    def record(queries, *rest, **named):
         calls.append([tuple(q.shape) for q in queries])
-        return kernels.qk_norm_rope(queries, *rest)
+        return kernels.qk_norm_rope(queries, *rest, **named)
 
     monkeypatch.setattr(flux_attention, "qk_norm_rope", record)
     return calls

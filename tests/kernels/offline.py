@@ -54,7 +54,7 @@ def compile_for(target, kernel, pointers, values):
                 f"*{pointers[name]}"
                 if name.endswith("_ptr")
                 else "fp32"
-                if name in ("norm", "factor", "eps")
+                if name in ("norm", "factor", "eps", "query_scale")
                 else "i32"
             )
             signature[name] = kind

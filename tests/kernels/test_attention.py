@@ -34,7 +34,7 @@ def inputs(batch, tokens, heads, d, dtype, device, seed=0):
     )
 
 
-def oracle(parts, weights, cos, sin, eps, dtype):
+def oracle(parts, weights, cos, sin, eps, dtype, scale):
     normed = []
     for x, w in zip(parts, weights, strict=True):
         x, w = x.double().cpu().numpy(), w.double().cpu().numpy()
@@ -48,11 +48,11 @@ def oracle(parts, weights, cos, sin, eps, dtype):
     out[..., 1::2] = odd * c[..., 1::2] + even * s[..., 1::2]
     size[..., 0::2] = abs(even * c[..., 0::2]) + abs(odd * s[..., 0::2])
     size[..., 1::2] = abs(odd * c[..., 1::2]) + abs(even * s[..., 1::2])
-    return torch.from_numpy(out), torch.from_numpy(size)
+    return torch.from_numpy(out * scale), torch.from_numpy(size * scale)
 
 
-def compare(got, given_parts, weights, cos, sin, eps, dtype):
-    expected, size = oracle(given_parts, weights, cos, sin, eps, dtype)
+def compare(got, given_parts, weights, cos, sin, eps, dtype, scale=1.0):
+    expected, size = oracle(given_parts, weights, cos, sin, eps, dtype, scale)
     assert got.dtype == dtype and got.is_contiguous() and got.shape == expected.shape
     difference = (got.double().cpu() - expected).abs()
     # Values of the norm may round the other way before they are turned, and so may the result.
@@ -68,6 +68,9 @@ def check(batch, tokens, heads, d, dtype, device, eps=1e-6):
     assert torch.equal(v, torch.cat(values, 1)) and v.is_contiguous()
     *again, nothing = qk_norm_rope(queries, keys, [], wq, wk, cos, sin, eps)
     assert torch.equal(q, again[0]) and torch.equal(k, again[1]) and nothing.shape == (0,) and nothing.dtype == dtype
+    scaled, same, _ = qk_norm_rope(queries, keys, values, wq, wk, cos, sin, eps, query_scale=0.1275)
+    compare(scaled, queries, wq, cos, sin, eps, dtype, 0.1275)
+    assert torch.equal(same, k)
 
 
 @settings(deadline=None, max_examples=30)
@@ -117,3 +120,6 @@ def test_bad_input():
             qk_norm_rope(*change, cos, sin, 1e-6)
     with pytest.raises(ValueError, match=r"cos has shape \[9, 16\]; expected \[10, 16\]"):
         qk_norm_rope(queries, keys, values, wq, wk, cos[:9], sin, 1e-6)
+    for scale in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"query_scale is {scale}; a positive number"):
+            qk_norm_rope(queries, keys, values, wq, wk, cos, sin, 1e-6, query_scale=scale)

@@ -1,13 +1,14 @@
 """Hopper's Gluon kernels compiled without the GPU."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .offline import KIB, TARGETS, compile_gluon, descriptor, needs_gluon
+from .offline import KIB, TARGETS, check, compile_for, compile_gluon, descriptor, loop, needs_gluon
 
 ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD": True, "GATED": True}}
 
@@ -185,3 +186,30 @@ def test_hopper_attention_compiles(d, bias, masked, tmp_path):
     for columns in (128, 64, 16):  # scores, and the two parts of a head
         assert re.search(rf"wgmma\.mma_async\S*m64n{columns}k16\.f32\.bf16", ptx)
     assert "ex2.approx" in ptx and "setmaxnreg" in ptx
+
+
+@needs_gluon
+@pytest.mark.parametrize("masked", [False, True])
+def test_hopper_wide_attention_compiles(masked, tmp_path):
+    from dirotq.kernels import hopper_attention
+    from dirotq.kernels.gluon_wide_attention import wide_attention_kernel as kernel
+
+    types = {"out_ptr": "*bf16", "doubt_ptr": "*i32"}
+    for name, rows in (("q", hopper_attention.QUERIES), ("k", hopper_attention.KEYS), ("v", hopper_attention.KEYS)):
+        types[f"{name}_desc"] = descriptor("bf16", rows, hopper_attention.COLUMNS)
+    values = {"MASK": masked, "STAGES": hopper_attention.WIDE_STAGES}
+    compiled = compile_gluon(kernel, types, values, tmp_path, 32 if masked else 0)  # with the last keys, once a tile
+    assert re.search(r"wgmma\.mma_async\S*m64n128k16\.f32\.bf16", compiled.asm["ptx"])
+    inner = Counter(loop(compiled, "HGMMA", tmp_path))
+    assert inner["MUFU"] >= 128 and inner["FMNMX"] == 0  # no running maximum
+
+
+@needs_gluon
+def test_hopper_doubtful_attention_compiles(tmp_path):
+    from dirotq.kernels.triton_attention import DOUBTFUL, doubtful_attention_kernel
+
+    target, shared_memory, _ = TARGETS["sm_90"]
+    pointers = {f"{name}_ptr": "bf16" for name in ("q", "k", "v", "out")} | {"doubt_ptr": "i32"}
+    compiled = compile_for(target, doubtful_attention_kernel, pointers, {**DOUBTFUL, "OVERLAP": True})
+    check(compiled, target, shared_memory, tmp_path)
+    assert re.search(r"wgmma\.mma_async\S*f32\.bf16", compiled.asm["ptx"])

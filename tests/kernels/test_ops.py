@@ -250,7 +250,7 @@ def test_two_copies_share_the_ops(tmp_path):
 
 def test_a_copy_of_another_version_is_refused(tmp_path):
     ops = copy_of_kernels(tmp_path) / "kernels" / "ops.py"
-    ops.write_text(ops.read_text().replace("API_VERSION = 8\n", "API_VERSION = 9\n"))
+    ops.write_text(ops.read_text().replace("API_VERSION = 9\n", "API_VERSION = 10\n"))
     code = "import dirotq.kernels\ntry:\n    import cloned.kernels\nexcept ImportError as error:\n    print(error)"
     said = run_python(code, cwd=tmp_path)
-    assert "API version 9" in said and "version 8" in said and str(ops) in said
+    assert "API version 10" in said and "version 9" in said and str(ops) in said

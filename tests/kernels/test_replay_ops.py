@@ -1,5 +1,6 @@
 """Every op repeated launches what the op itself launches, on other memory: as far as Python sees, and on a GPU."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,7 @@ class Tensors:
             "linear_a16": (x[:1].clone(), None, self.weights[0], self.groups, None, self.biases[0], table),
             "norm_modulate": ([self.wide], self.modulation[:, 0], self.modulation[:, 1], 1e-6),
             "attend": self.heads.unbind(2),
+            "attend, wide": (*(x.flatten(2).unflatten(2, (9, 128)) for x in self.heads.unbind(2)), None, math.log(2)),
             "attend, biased": (*self.heads.unbind(2), self.rows[:, :, 5].contiguous()),
             "qk_norm_rope": (
                 [self.even[:, :, 0]], [self.even[:, :, 1]], [], [self.rows[0, 0, :64]], [self.rows[0, 1, :64]],
@@ -79,7 +81,7 @@ OPS = [
     "rotate_quantize", "rotate_quantize, 256 columns", "rotate_quantize, bare", "rotate_quantize_parts",
     "rotate_quantize_parts, 256 columns", "linear_a8", "linear_a8, bare",
     "linear_a8_add", "linear_a8_add, parts", "linear_a8_siblings", "linear_a16", "norm_modulate", "attend",
-    "attend, biased", "qk_norm_rope", "qk_norm_rope, parts",
+    "attend, wide", "attend, biased", "qk_norm_rope", "qk_norm_rope, parts",
 ]  # fmt: skip
 
 
