@@ -1,7 +1,7 @@
 """FLUX.1's attention with norms, rotary embedding and the joining of text and image in one pass.
 
 What diffusers computes in four operations per tensor (eight kernels a block even when compiled) is a pass over memory:
-on a GPU where 8-bit products are fast, a tenth of a step.
+on a GPU where 8-bit products are fast, a tenth of a step. The attention is `attend`, unless somebody chose another.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from ..kernels import attend, qk_norm_rope
+from .fusible import attention_is_pytorchs
 from .linear import Added
 from .offloading import attribute
-
-# What others may put something else in place of.
-_PYTORCH = nn.functional.scaled_dot_product_attention
 
 
 class DiRotQFluxAttnProcessor(FluxAttnProcessor):
@@ -86,7 +84,7 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
             self._attention_backend is None
             and self._parallel_config is None
             and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
-            and nn.functional.scaled_dot_product_attention is _PYTORCH
+            and attention_is_pytorchs()
         )
 
 

@@ -18,6 +18,14 @@ _MOVERS = {
     "peft_autocast_disable",
 }  # fmt: skip
 
+#: What others may put something else in place of.
+_ATTENTION = nn.functional.scaled_dot_product_attention
+
+
+def attention_is_pytorchs() -> bool:
+    """Whether nobody put another function in the place of PyTorch's attention, as packages ask their users to."""
+    return nn.functional.scaled_dot_product_attention is _ATTENTION
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of torch wait for what goes in or comes out."""

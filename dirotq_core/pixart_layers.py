@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from ..kernels import attend, modulation_rows, norm_modulate
-from .fusible import attended, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
+from .fusible import attended, attention_is_pytorchs, fits_mlp, fits_norm, fits_sum, mlp, no_dropout, skippable
 from .linear import Added
 
 _PLAIN = attention.BasicTransformerBlock.forward
@@ -40,13 +40,15 @@ class DiRotQAttnProcessor(AttnProcessor2_0):
         batch, length, _ = context.shape
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)
-        if attention_mask is None:
-            out = attend(query, key, value)
-        elif attention_mask.shape == (batch, 1, length) and attention_mask.dtype == query.dtype:
-            out = attend(query, key, value, attention_mask[:, 0])
+        by_key = attention_mask is None or (
+            attention_mask.shape == (batch, 1, length) and attention_mask.dtype == query.dtype
+        )
+        if by_key and attention_is_pytorchs():
+            out = attend(query, key, value, None if attention_mask is None else attention_mask[:, 0])
         else:
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+            if attention_mask is not None:
+                attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+                attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
             out = out.transpose(1, 2)

@@ -1,6 +1,7 @@
 """The attention processor that FLUX.1 gets when it is quantized."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -107,6 +108,35 @@ def test_attention_mask_and_backend_reach_the_attention(model, inputs):
         assert {a.processor._attention_backend.value for a in attentions(model)} == {"_native_math"}
         plain = attn(x, attention_mask=mask, image_rotary_emb=rotary)
     assert torch.equal(ours, plain) and not torch.equal(ours, unmasked)
+
+
+def test_ours_unless_somebody_chose_another(model, inputs, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        flux_attention, "attend", lambda *args, **named: calls.append(1) or kernels.attend(*args, **named)
+    )
+
+    def counted(context):
+        calls.clear()
+        with context, torch.no_grad():
+            model(**inputs)
+        return len(calls)
+
+    assert counted(nullcontext()) == 3
+    assert counted(attention_backend("_native_math")) == 0
+    with attention_backend("native"):  # ends what the next line sets for the process
+        model.set_attention_backend("native")
+    assert counted(nullcontext()) == 0
+    model.reset_attention_backend()
+    assert counted(nullcontext()) == 3
+    with monkeypatch.context() as patch:
+        theirs, own = [], torch.nn.functional.scaled_dot_product_attention
+        patch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *args, **named: theirs.append(1) or own(*args, **named),
+        )
+        assert counted(nullcontext()) == 0 and len(theirs) == 3
 
 
 def test_another_processor_is_left_alone(model, flux_case):

@@ -223,7 +223,7 @@ def test_guiders_skip_attention(pixart_case, helpers, scores):
     assert helpers.sqnr(ours, plain) > 45 and helpers.sqnr(ours, before) < 40
 
 
-def test_a_mask_and_a_batch_in_pixart(pixart_case, helpers):
+def test_a_mask_and_a_batch_in_pixart(pixart_case, helpers, monkeypatch):
     model = pixart_case.load()
     dirotq.set_activation_bits(model, 16)
     twin = copy.deepcopy(model)
@@ -237,6 +237,14 @@ def test_a_mask_and_a_batch_in_pixart(pixart_case, helpers):
     with torch.no_grad():
         ours_, plain = (one(**arguments | more)[0] for one in (model, twin))
         assert helpers.sqnr(ours_, plain) > 45
+        theirs, own = [], torch.nn.functional.scaled_dot_product_attention
+        with monkeypatch.context() as patch:  # what somebody put in its place is called
+            patch.setattr(
+                torch.nn.functional, "scaled_dot_product_attention", lambda *a, **n: theirs.append(1) or own(*a, **n)
+            )
+            patch.setattr(pixart_layers, "attend", None)
+            assert helpers.sqnr(model(**arguments | more)[0], plain) > 45
+        assert len(theirs) == 2 * len(model.transformer_blocks)
         more["encoder_attention_mask"] = torch.ones(3, 7)
         assert helpers.sqnr(model(**arguments | more)[0], plain) < 40
 
