@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor.config
 
 pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -27,11 +29,10 @@ def test_a_failure_is_named(step, capsys):
     assert step.attempt("peer", lambda: 3) == 3
 
 
-def test_compiler_helpers_work_after_a_signal_that_ended_them(step, monkeypatch, capsys):
-    from torch._inductor import config
+@torch._inductor.config.patch(compile_threads=2)
+def test_compiler_helpers_work_after_a_signal_that_ended_them(step, capsys):
     from torch._inductor.async_compile import AsyncCompile
 
-    monkeypatch.setattr(config, "compile_threads", 2)
     step.shutdown_compile_workers()
     helpers = AsyncCompile.process_pool()
     assert helpers.submit(int, "3").result(120) == 3
