@@ -9,7 +9,6 @@ Writes benchmarks/results/attention.json.
 
 import argparse
 import json
-import math
 import platform
 import statistics
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dirotq.kernels import attend
+from dirotq.kernels import POWERS_OF_TWO, attend, powers_scale
 
 HEADS = {72: 16, 80: 16, 128: 24}
 SHAPES = [
@@ -34,7 +33,7 @@ ROUNDS = 5
 
 
 def scale_of(query: Tensor) -> float | None:
-    return math.log(2) if query.shape[3] == 128 else None
+    return POWERS_OF_TWO if query.shape[3] == 128 else None
 
 
 def dirotq(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +61,7 @@ RUNS: dict[str, Callable[..., Tensor]] = {
 def tensors(batch: int, queries: int, keys: int, d: int) -> tuple[Tensor | None, ...]:
     wide = torch.randn(batch, queries, 3, HEADS[d], d, device="cuda", dtype=torch.bfloat16)
     if d == 128:
-        wide[:, :, 0] *= math.log2(math.e) / math.sqrt(d)
+        wide[:, :, 0] *= powers_scale(d)
     if keys == queries:
         return *wide.unbind(2), None
     text = torch.randn(batch, keys, 2, HEADS[d], d, device="cuda", dtype=torch.bfloat16)

@@ -6,7 +6,6 @@ on a GPU where 8-bit products are fast, a tenth of a step. The attention is `att
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
-from ..kernels import attend, qk_norm_rope
+from ..kernels import POWERS_OF_TWO, attend, powers_scale, qk_norm_rope
 from .fusible import attention_is_pytorchs
 from .linear import Added
 from .offloading import attribute
@@ -54,17 +53,17 @@ class DiRotQFluxAttnProcessor(FluxAttnProcessor):
         queries, keys, values = ([part[i] for part in projected] for i in range(3))
         cos, sin = (angles.to(queries[0].device) for angles in image_rotary_emb)
         ours = attention_mask is None and self._nobody_chose()
-        # `attend` on Hopper computes powers of two of the scores: with the factor in the queries, it multiplies none.
-        powers = ours and queries[0].is_cuda and queries[0].dtype == torch.bfloat16 and attn.head_dim == 128
+        # Hopper's kernel takes weights as powers of two of q kᵀ: with the factor in q, it multiplies no score.
+        powers = ours and queries[0].dtype == torch.bfloat16 and attn.head_dim == 128
         query, key, value = qk_norm_rope(
             queries, keys, values if len(values) > 1 else [], [_weight(n) for n, _ in norms],
             [_weight(n) for _, n in norms], cos, sin, attn.norm_q.eps,
-            query_scale=math.log2(math.e) / math.sqrt(attn.head_dim) if powers else 1.0,
+            query_scale=powers_scale(attn.head_dim) if powers else 1.0,
         )  # fmt: skip
         if len(values) == 1:
             value = values[0]
         if ours:
-            out = attend(query, key, value, scale=math.log(2) if powers else None)
+            out = attend(query, key, value, scale=POWERS_OF_TWO if powers else None)
         else:
             out = dispatch_attention_fn(
                 query, key, value,

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils._device import DeviceContext
 
 from .linear import DiRotQLinear
 from .offloading import attribute
@@ -18,13 +19,18 @@ _MOVERS = {
     "peft_autocast_disable",
 }  # fmt: skip
 
-#: What others may put something else in place of.
-_ATTENTION = nn.functional.scaled_dot_product_attention
+#: PyTorch's own, whatever this module finds in its place when it is imported.
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
 def attention_is_pytorchs() -> bool:
-    """Whether nobody put another function in the place of PyTorch's attention, as packages ask their users to."""
-    return nn.functional.scaled_dot_product_attention is _ATTENTION
+    """Whether nobody put a function in the place of PyTorch's attention, or watches for it in a mode, as packages for
+    other attentions and for attention over several GPUs do."""
+    if nn.functional.scaled_dot_product_attention is not _ATTENTION:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def has_hooks(module: nn.Module) -> bool:

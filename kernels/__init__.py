@@ -3,7 +3,7 @@
 Importing this imports no Triton; a Triton kernel is imported when it first runs (see `backend`).
 """
 
-from .attention import attend, qk_norm_rope
+from .attention import POWERS_OF_TWO, attend, powers_scale, qk_norm_rope
 from .fp4 import FP4_BLOCK, NAN_BITS, decode_e2m1, decode_e4m3, dequantize_nvfp4, nvfp4_scale, quantize_nvfp4
 from .gptq import round_columns
 from .hadamard import block_hadamard, hadamard_matrix
@@ -45,6 +45,7 @@ __all__ = [
     "MAGNITUDES",
     "MIDPOINTS",
     "NAN_BITS",
+    "POWERS_OF_TWO",
     "TRITS",
     "attend",
     "block_hadamard",
@@ -67,6 +68,7 @@ __all__ = [
     "pack_bits",
     "pack_int4",
     "pack_trits",
+    "powers_scale",
     "qk_norm_rope",
     "quantize_nvfp4",
     "rotate",

@@ -1,10 +1,14 @@
 """The ops between the projections of queries, keys and values and that of the attention's result."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from . import checks, replay
+
+#: The scale with which `attend` takes weights as powers of two of q kᵀ.
+POWERS_OF_TWO = math.log(2)
 
 SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? bias=None, float? scale=None) -> Tensor"
 ROPE_SCHEMA = (
@@ -42,12 +46,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     query [B, S, H, D]; key, value [B, T, H, D], T at least 1; bias [B, T], of no image -inf throughout; all in bf16,
     fp16 or fp32, any strides. scale: 1 / √D unless given. PyTorch's `scaled_dot_product_attention` computes it, but on
     Hopper for heads of 72 or 80 columns in 16 bit, for which it has no kernel as narrow as they are, and of 128 in
-    bf16 without a bias where the scale is ln 2: with a factor log₂ e / √D in the queries (`qk_norm_rope`), weights are
-    powers of two of the scores. There, biases below -1e30 are equal, and a key or a value that is not finite can make
-    results of the head before its own, or of the image before, not finite, too. Not differentiable.
+    bf16 without a bias where the scale is POWERS_OF_TWO (ln 2): with `powers_scale` in the queries (`qk_norm_rope`),
+    weights are powers of two of q kᵀ, and values must be below 2³⁷. In these kernels biases below -1e30 are equal, and
+    a key or a value that is not finite can make results of the head before its own, or of the image before, not finite,
+    too. Not differentiable.
     Raises ValueError naming the argument and the rule it breaks.
     """
     return replay.op("attend", 1, (query, key, value, bias, scale))
+
+
+def powers_scale(columns: int) -> float:
+    """log₂ e / √D: queries that hold it make softmax(q kᵀ / √D) that of `attend` with POWERS_OF_TWO."""
+    return 1 / (POWERS_OF_TWO * math.sqrt(columns))
 
 
 def run_attend(query, key, value, bias=None, scale=None):

@@ -2,13 +2,14 @@
 
 A softmax subtracts a row's largest score only to stay within what fp32 can hold, and looks for it in every tile. Here
 a weight is 2 to the score as it is, as long as the sum of a row's weights lies between 2⁻⁸⁰ and 2⁹⁰: then neither it
-nor a term that matters has left fp32's range. Tiles with a row of which that does not hold are marked, and
-`triton_attention.doubtful_attention_kernel` computes them again with a running maximum. In FLUX.1 norms of queries and
-keys bound the scores.
+nor a term that matters has left fp32's range (of values below 2³⁷). Tiles with a row of which that does not hold are
+marked, and `triton_attention.doubtful_attention_kernel` computes them again with a running maximum. In FLUX.1 the norms
+of queries and keys bound scores by √128 times the largest weight of each.
 
-One warp loads tiles with the tensor memory accelerator; two warpgroups have 64 queries each. Scores of the next keys,
-and the product of these weights with the values, are in flight while a warpgroup computes the next weights
-(FlashAttention-3, arXiv 2407.08608, algorithm 2).
+One warp loads tiles with the tensor memory accelerator; two warpgroups have 64 queries each. Scores of the next keys
+and the product of these weights with the values are issued together, and the next weights computed meanwhile
+(FlashAttention-3, arXiv 2407.08608, algorithm 2), though ptxas moves most of them behind the wait for that product; the
+other warpgroup computes then.
 """
 
 from triton.experimental import gluon

@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from .attention import POWERS_OF_TWO
 from .gluon_attention import BQ, BS, REST, WIDE, narrow_attention_kernel
 from .gluon_wide_attention import D, wide_attention_kernel
 from .hopper import descriptor, rows_aligned
 from .launch import cdiv, early, launch, multiprocessors, on_device_of
 from .triton_attention import DOUBTFUL, doubtful_attention_kernel
 
-LN_2 = math.log(2)
 # Plain numbers: reading a constant of Triton's takes host time at every launch.
 QUERIES, KEYS, FIRST, SECOND, COLUMNS = BQ.value, BS.value, WIDE.value, REST.value, D.value
 STAGES, WIDE_STAGES = 4, 5
@@ -21,7 +21,7 @@ def takes(query: Tensor, bias: Tensor | None, scale: float | None) -> bool:
     """Whether these kernels are for queries [B, S, H, D]: two steps of the memory accelerator hold a narrow head, and
     its bytes are a multiple of 16. Weights of wide ones are powers of two of the scores, beyond fp16's range."""
     if query.shape[3] == COLUMNS:
-        return query.dtype == torch.bfloat16 and bias is None and scale == LN_2
+        return query.dtype == torch.bfloat16 and bias is None and scale == POWERS_OF_TWO
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] in range(FIRST + 8, FIRST + SECOND + 1, 8)
 
 

@@ -1,6 +1,8 @@
 """The attention processor that FLUX.1 gets when it is quantized."""
 
 import copy
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from torch.overrides import TorchFunctionMode
 
 from dirotq import kernels
 from dirotq.dirotq_core import flux_attention
@@ -137,6 +140,50 @@ def test_ours_unless_somebody_chose_another(model, inputs, monkeypatch):
             lambda *args, **named: theirs.append(1) or own(*args, **named),
         )
         assert counted(nullcontext()) == 0 and len(theirs) == 3
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    assert counted(Watching()) == 0 and seen.count(torch.nn.functional.scaled_dot_product_attention) == 3
+    assert counted(torch.device("cpu")) == 3  # a mode, too
+
+
+def test_a_function_put_in_place_before_the_import_is_seen():
+    code = (
+        "import torch\nown = torch.nn.functional.scaled_dot_product_attention\n"
+        "torch.nn.functional.scaled_dot_product_attention = lambda *a, **n: own(*a, **n)\n"
+        "from dirotq.dirotq_core.fusible import attention_is_pytorchs\nprint(attention_is_pytorchs())\n"
+        "torch.nn.functional.scaled_dot_product_attention = own\nprint(attention_is_pytorchs())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("text", [19, 0])
+def test_heads_of_128_columns_as_diffusers_has_them(device, text, helpers):
+    """There, queries hold the factor that makes weights powers of two."""
+    make = torch.Generator().manual_seed(4)
+    added = {"added_kv_proj_dim": 256, "context_pre_only": False} if text else {"pre_only": True}
+    attn = FluxAttention(query_dim=256, dim_head=128, heads=2, out_dim=256, bias=True, eps=1e-6, **added)
+    for parameter in attn.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=make) / 8 + (parameter.dim() == 1)
+    attn = attn.to(device, torch.bfloat16).eval()
+    tokens = torch.randn(2, 150, 256, generator=make).to(device, torch.bfloat16)
+    angles = torch.randn(150 + text, 128, generator=make).repeat_interleave(2, 1)[:, :128].to(device)
+    given_ = {"hidden_states": tokens, "image_rotary_emb": (angles.cos(), angles.sin())}
+    if text:
+        given_["encoder_hidden_states"] = tokens[:, :text]
+    results = []
+    with torch.no_grad():
+        for processor in (DiRotQFluxAttnProcessor(), FluxAttnProcessor()):
+            attn.set_processor(processor)
+            results.append(attn(**given_))
+    for ours, theirs in zip(*(r if text else [r] for r in results), strict=True):
+        assert helpers.sqnr(ours, theirs) > 40
 
 
 def test_another_processor_is_left_alone(model, flux_case):

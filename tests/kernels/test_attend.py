@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dirotq.kernels import attend
+from dirotq.kernels import POWERS_OF_TWO, attend, powers_scale
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Relative: the rounding of the weights of a sum and that of its result.
@@ -23,7 +23,7 @@ NARROW = [
     (2, 129, 128, 3, 80),
     (1, 1, 500, 1, 72),
 ]
-POWERS = math.log2(math.e) / math.sqrt(128)  # in queries: scores are logarithms to base two then
+POWERS = powers_scale(128)  # in queries: scores are logarithms to base two then
 WIDE = [
     (1, 1536, 1536, 3, 128),
     (2, 300, 300, 2, 128),
@@ -72,7 +72,7 @@ def compare(got, query, key, value, bias=None, scale=None):
         assert (difference <= GAP[got.dtype] * (size + expected.abs()) + tiny).all()
         if difference.numel() >= 64:  # of fewer, all may round far
             # Where weights are relative to the largest, that needs no rounding, and is often most of the sum.
-            most = 1.2 if scale == math.log(2) else 1
+            most = 1.2 if scale == POWERS_OF_TWO and got.is_cuda and got.dtype == torch.bfloat16 else 1
             assert difference.square().mean() <= most * (GAP[got.dtype] / 2 * size).square().mean()
     assert got.dtype == query.dtype and got.is_contiguous() and got.shape == query.shape
 
@@ -101,9 +101,9 @@ def test_kernel(batch, queries, keys, heads, d, dtype, monkeypatch):
         compare(y, *given_)
         assert torch.equal(y, attend(*(x.contiguous() for x in given_)))
         scaled = given_[0] * POWERS, *given_[1:]
-        y = attend(*scaled, scale=math.log(2))
-        compare(y, *scaled, scale=math.log(2))
-        assert torch.equal(y, attend(*(x.contiguous() for x in scaled), scale=math.log(2)))
+        y = attend(*scaled, scale=POWERS_OF_TWO)
+        compare(y, *scaled, scale=POWERS_OF_TWO)
+        assert torch.equal(y, attend(*(x.contiguous() for x in scaled), scale=POWERS_OF_TWO))
         bias = bias_of(keys, batch, dtype, "cuda")
         compare(attend(*given_, bias), *given_, bias)
 
@@ -124,6 +124,7 @@ def extreme(case, device):
     return [x.bfloat16().to(device) for x in (query * POWERS, key, value)]
 
 
+PLACES = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]  # tiles of 300 queries and halves that have any
 EXTREMES = ["large", "all large", "a large row", "small", "around the limit"]
 
 
@@ -132,13 +133,42 @@ EXTREMES = ["large", "all large", "a large row", "small", "around the limit"]
 def test_scores_beyond_powers_of_two(case, monkeypatch):
     monkeypatch.setenv("DIROTQ_BACKEND", "triton")
     given_ = extreme(case, "cuda")
-    y = attend(*given_, scale=math.log(2))
-    compare(y, *given_, scale=math.log(2))
-    assert torch.equal(y, attend(*given_, scale=math.log(2)))
+    y = attend(*given_, scale=POWERS_OF_TWO)
+    compare(y, *given_, scale=POWERS_OF_TWO)
+    assert torch.equal(y, attend(*given_, scale=POWERS_OF_TWO))
     plain = [x[:1, :128] for x in extreme("none", "cuda")]
     mixed = [torch.cat([x[:1, :128], y]) for x, y in zip(given_, plain, strict=True)]
-    both, alone = (attend(*x, scale=math.log(2)) for x in (mixed, plain))
+    both, alone = (attend(*x, scale=POWERS_OF_TWO) for x in (mixed, plain))
     assert torch.equal(both[1:], alone)  # tiles without doubt are as they were
+
+
+@pytest.mark.gpu
+def test_what_is_in_doubt():
+    """Halves of tiles with scores out of range, none else: [image, head, tile, half]."""
+    hopper_attention = pytest.importorskip("dirotq.kernels.hopper_attention", exc_type=ImportError)
+    launched = []
+
+    def recorded(kernel, grid, *args, **constants):
+        launched.append((kernel, args))
+        launch(kernel, grid, *args, **constants)
+
+    launch = hopper_attention.launch
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's kernel")
+    for case, expected in {
+        "none": [],
+        "large": [[1, head, 2, 0] for head in range(3)],  # queries from 256 to 299: the first half of the last tile
+        "a large row": [[0, 1, 0, 1]],
+        "all large": [[i, h, *place] for i in range(2) for h in range(3) for place in PLACES],
+        "small": [[i, 2, *place] for i in range(2) for place in PLACES],
+    }.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hopper_attention, "launch", recorded)
+            hopper_attention.attend(*extreme(case, "cuda"), None, POWERS_OF_TWO)
+        kernel, args = launched[-1]
+        assert kernel is hopper_attention.doubtful_attention_kernel
+        doubt = args[4].view(2, 3, 3, 2)
+        assert doubt.nonzero().tolist() == sorted(expected)
 
 
 @pytest.mark.gpu
@@ -146,7 +176,7 @@ def test_what_is_not_finite_shows():
     query, key, value = extreme("none", "cuda")
     query[0, 130, 1, 7] = torch.nan
     query[1, 7, 2, 9] = torch.inf
-    y = attend(query, key, value, scale=math.log(2))
+    y = attend(query, key, value, scale=POWERS_OF_TWO)
     wrong = y.isnan().any(3)
     assert wrong.nonzero().tolist() == [[0, 130, 1], [1, 7, 2]]
 
@@ -170,7 +200,7 @@ def test_doubtful_tiles_alone(device):
         q, k, v, out, doubt, length, keys, heads, tiles, q.stride(0), k.stride(0), v.stride(0), **options
     )
     expected = torch.full_like(out, 7.0)
-    exact = attend(query.float(), key.float(), value.float(), scale=math.log(2))
+    exact = attend(query.float(), key.float(), value.float(), scale=POWERS_OF_TWO)
     per_head = tiles // batch // heads
     for tile in (1, 4, 5):
         image, head, start = tile // per_head // heads, tile // per_head % heads, tile % per_head * 128
@@ -180,18 +210,19 @@ def test_doubtful_tiles_alone(device):
     assert torch.equal(touched, (expected != 7.0).any(3))
 
 
+@pytest.mark.parametrize(("d", "scale"), [(72, None), (128, POWERS_OF_TWO)])
 @pytest.mark.gpu
-def test_any_layout_on_a_gpu():
+def test_any_layout_on_a_gpu(d, scale):
     """Rows at odd distances, heads apart, columns apart, expanded, at odd addresses: as contiguous tensors."""
-    query, key, value = (x.contiguous() for x in inputs(2, 130, 140, 3, 72, torch.bfloat16, "cuda"))
-    expected = attend(query, key, value)
+    query, key, value = (x.contiguous() / 8 for x in inputs(2, 130, 140, 3, d, torch.bfloat16, "cuda"))
+    expected = attend(query, key, value, scale=scale)
     by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     by_column = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (query, key, value)]
-    padded = [torch.cat([x.flatten(2), x[:, :, 0, :7]], 2)[..., :-7].unflatten(2, (3, 72)) for x in (query, key, value)]
+    padded = [torch.cat([x.flatten(2), x[:, :, 0, :7]], 2)[..., :-7].unflatten(2, (3, d)) for x in (query, key, value)]
     odd = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in (query, key, value)]
     for others in (by_head, by_column, padded, odd):
-        assert torch.equal(attend(*others), expected)
-    one = attend(query, key[:1].expand(2, -1, -1, -1), value[:1].expand(2, -1, -1, -1))
+        assert torch.equal(attend(*others, scale=scale), expected)
+    one = attend(query, key[:1].expand(2, -1, -1, -1), value[:1].expand(2, -1, -1, -1), scale=scale)
     assert torch.equal(one[:1], expected[:1])
 
 
@@ -227,7 +258,7 @@ def test_what_the_kernels_take():
     bias = torch.zeros(1, 1)
     for dtype, widths in {torch.bfloat16: [72, 80, 128], torch.float16: [72, 80], torch.float32: []}.items():
         heads = [torch.empty(1, 1, 1, d, dtype=dtype) for d in range(1, 260)]
-        for others, narrow in [((None, math.log(2)), False), ((None, None), True), ((bias, math.log(2)), True)]:
+        for others, narrow in [((None, POWERS_OF_TWO), False), ((None, None), True), ((bias, POWERS_OF_TWO), True)]:
             taken = [x.shape[3] for x in heads if hopper_attention.takes(x, *others)]
             assert taken == (widths[:2] if narrow else widths)
 
@@ -237,9 +268,9 @@ def test_what_the_kernels_take():
 def test_hundreds_of_results_are_equal(batch, tokens, heads, d):
     """Of PixArt's and FLUX.1's shape, in which every multiprocessor passes its buffers on a thousand times."""
     given_ = inputs(batch, tokens, tokens, heads, d, torch.bfloat16, "cuda")
-    expected = attend(*given_, scale=math.log(2))
+    expected = attend(*given_, scale=POWERS_OF_TWO)
     for _ in range(300):
-        assert torch.equal(attend(*given_, scale=math.log(2)), expected)
+        assert torch.equal(attend(*given_, scale=POWERS_OF_TWO), expected)
 
 
 def test_bad_input():
