@@ -3,9 +3,9 @@
     python benchmarks/roofline.py [--step benchmarks/results/step.json]
 
 Each kind of work in the measured profile takes the share of a peak that it reached on the measured GPU: 8-bit products
-of the 8-bit peak, 16-bit products and attention of the 16-bit peak, everything else of the memory bandwidth. Attention is
-PyTorch's there, as in compiled bf16: the kernels for it here are for Hopper. What a
-chip's caches, clocks, power limit and instruction set change is not in it, nor whether 24 GB hold the bf16 model.
+of the 8-bit peak, 16-bit products and attention of the 16-bit peak, everything else of the memory bandwidth. Attention
+is PyTorch's, as in compiled bf16: the kernels for it here are for Hopper. What a chip's caches, clocks, power limit and
+instruction set change is not in it, nor whether 24 GB hold the bf16 model.
 """
 
 import argparse

@@ -96,8 +96,10 @@ SPILLING = {
 
 
 # Other sizes and modes of a kernel are compiled for one chip of each maker and for Hopper, not for all: it is minutes.
-VARIANTS = ("quantize codebook", "quantize int4, one token", "quantize int4, no basis", "a8, one token", "a8, 64 tokens",
-            "a8, GELU", "a16, 16 tokens")  # fmt: skip
+VARIANTS = (
+    "quantize codebook", "quantize int4, one token", "quantize int4, no basis", "a8, one token", "a8, 64 tokens",
+    "a8, GELU", "a16, 16 tokens",
+)  # fmt: skip
 FEW_CHIPS = ("sm_86", "sm_90", "gfx942")
 
 
