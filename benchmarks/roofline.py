@@ -46,16 +46,16 @@ def main() -> None:
         rows = {
             n: r["buckets_ms"] for n, r in step["variants"].items() if n in arguments.variants and "buckets_ms" in r
         }
-        librarys = rows.get("bf16-compiled", {}).get("attention")
         if not rows:
             continue
+        pytorchs = rows.get("bf16-compiled", {}).get("attention")
         print(f"\n{step['model']} {step['pixels']}² batch {step['batch']}: expected ms, not measured\n")
         print("| | " + " | ".join(rows) + " |\n|---|" + "---|" * len(rows))
         for chip in PEAKS:
-            if chip != results["gpu"] and librarys is not None:  # ours is for Hopper
-                rows = {name: {**row, "attention": librarys} for name, row in rows.items()}
-            cells = [f"{expected(name, row, results['gpu'], chip):.0f}" for name, row in rows.items()]
-            note = " (kernels as measured)" if chip == results["gpu"] else ""
+            measured = chip == results["gpu"]
+            other = {} if measured or pytorchs is None else {"attention": pytorchs}  # ours is for Hopper
+            cells = [f"{expected(name, row | other, results['gpu'], chip):.0f}" for name, row in rows.items()]
+            note = " (kernels as measured)" if measured else ""
             print(f"| {chip}{note} | " + " | ".join(cells) + " |")
 
 

@@ -28,7 +28,7 @@ def attention_is_pytorchs() -> bool:
     other attentions and for attention over several GPUs do."""
     if nn.functional.scaled_dot_product_attention is not _ATTENTION:
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # of PyTorch's compilers, only 2.13's is known to trace the question below
         return True
     return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 

@@ -332,7 +332,7 @@ def modulation_rows(table: Tensor, timestep: Tensor) -> None:
     _device("table", table, timestep=timestep)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None) -> None:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> None:
     _shape("query", query, "B", "S", "H", "D")
     _dtype("query", query, *FLOATS)
     batch, _, heads, d = query.shape
@@ -359,7 +359,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    query_scale: float = 1.0,
+    query_scale: float,
 ) -> None:
     if not queries:
         raise ValueError("queries is empty; at least one part is needed")

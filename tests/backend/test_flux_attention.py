@@ -1,8 +1,6 @@
 """The attention processor that FLUX.1 gets when it is quantized."""
 
 import copy
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -18,6 +16,7 @@ from dirotq.dirotq_core.flux_attention import DiRotQFluxAttnProcessor
 from dirotq.dirotq_core.fused_layers import use_plain_layers
 from dirotq.dirotq_core.processors import use_plain_attention
 
+from .. import processes
 from .versions import groups_on_cpu
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -160,7 +159,8 @@ def test_a_function_put_in_place_before_the_import_is_seen():
         "from dirotq.dirotq_core.fusible import attention_is_pytorchs\nprint(attention_is_pytorchs())\n"
         "torch.nn.functional.scaled_dot_product_attention = own\nprint(attention_is_pytorchs())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "True"]
 
 

@@ -111,13 +111,13 @@ def test_kernel(batch, queries, keys, heads, d, dtype, monkeypatch):
 def extreme(case, device):
     """Heads of 128 columns whose scores leave, in some rows or in all, what powers of two can hold."""
     query, key, value = (x.clone() for x in inputs(2, 300, 333, 3, 128, torch.bfloat16, "cpu"))
-    if case == "large":  # scores of some ± 300 in one image's last tile
+    if case == "large":  # powers up to 2¹⁵¹ in one image's last tile
         query[1, 256:] *= 25
     elif case == "all large":
         query *= 50
     elif case == "a large row":
         query[0, 100, 1] = key[0, 332, 1] * 11  # the last key
-    elif case == "small":  # about -180 each
+    elif case == "small":  # 2⁻²⁵⁰ and so
         query[:, :, 2], key[:, :, 2] = 4.0, -4.0 + key[:, :, 2] / 16
     elif case == "around the limit":
         query *= torch.linspace(11, 19, 300)[None, :, None, None]

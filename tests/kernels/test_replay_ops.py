@@ -1,6 +1,5 @@
 """Every op repeated launches what the op itself launches, on other memory: as far as Python sees, and on a GPU."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +62,9 @@ class Tensors:
             "linear_a16": (x[:1].clone(), None, self.weights[0], self.groups, None, self.biases[0], table),
             "norm_modulate": ([self.wide], self.modulation[:, 0], self.modulation[:, 1], 1e-6),
             "attend": self.heads.unbind(2),
-            "attend, wide": (*(x.flatten(2).unflatten(2, (9, 128)) for x in self.heads.unbind(2)), None, math.log(2)),
+            "attend, wide": (
+                *(x.flatten(2).unflatten(2, (9, 128)) for x in self.heads.unbind(2)), None, kernels.POWERS_OF_TWO,
+            ),
             "attend, biased": (*self.heads.unbind(2), self.rows[:, :, 5].contiguous()),
             "qk_norm_rope": (
                 [self.even[:, :, 0]], [self.even[:, :, 1]], [], [self.rows[0, 0, :64]], [self.rows[0, 1, :64]],
