@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_hopper import _next, copy_in, wait_for_previous_kernel
+from .gluon_hopper import _next, copy_in, ring, wait_for_previous_kernel
 
 BQ = gl.constexpr(64)  # queries of a warpgroup
 BS = gl.constexpr(128)  # keys of a tile
@@ -183,16 +183,8 @@ def narrow_attention_kernel(
     q_rest_bufs = gl.allocate_shared_memory(q_desc.dtype, [4, BQ, REST], q_rest_desc.layout)
     bufs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BS, WIDE], k_desc.layout)  # keys and values by turns
     rest_bufs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BS, REST], k_rest_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(2):
-        mbarrier.init(q_full.index(slot), count=1)
-        mbarrier.init(q_empty.index(slot), count=2)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    q_full, q_empty = ring(2)
+    full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_attend, (

@@ -112,6 +112,17 @@ def _tile(tile, M, N, BN: gl.constexpr):
 
 
 @gluon.jit
+def ring(STAGES: gl.constexpr):
+    """Barriers of buffers that one warp fills and two warpgroups empty: which are full, which are empty again."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    return full, empty
+
+
+@gluon.jit
 def _next(slot, phase, STAGES: gl.constexpr):
     slot += 1
     wrapped = slot == STAGES
@@ -292,11 +303,7 @@ def linear_a8_hopper_kernel(
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, BM // 2, BK], a_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK], w_desc.layout)
     out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2, BM // 2, BN // PARTS], out_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    full, empty = ring(STAGES)
     tiles = ((M + BM - 1) // BM) * ((N + BN - 1) // BN)
     gl.warp_specialize(
         [

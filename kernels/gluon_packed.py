@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_hopper import _before, _next, copy_in, copy_out, gelu, wait_for_previous_kernel
+from .gluon_hopper import _before, _next, copy_in, copy_out, gelu, ring, wait_for_previous_kernel
 from .gluon_work import BK, BN, barrier, count_pieces, gather, leave, piece_of, share_of, sibling_of, tile_of
 
 RANKS = gl.constexpr(32)  # bf16 columns of z and L in a buffer of BK / 2 bytes
@@ -341,12 +341,8 @@ def _product(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     scale_0 = gl.allocate_shared_memory(gl.float32, [BM], plain)
     scale_1 = gl.allocate_shared_memory(gl.float32, [BM], plain)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full, empty = ring(STAGES)
     residual_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
     for half in gl.static_range(2):
         mbarrier.init(residual_ready.index(half), count=1)
     col_tiles = 0

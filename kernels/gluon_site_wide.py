@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_hopper import _next, copy_in, let_next_kernel_start, wait_for_previous_kernel
+from .gluon_hopper import _next, copy_in, let_next_kernel_start, ring, wait_for_previous_kernel
 from .gluon_site import (
     BM,
     COLUMNS,
@@ -115,11 +115,7 @@ def site_quantize_wide_kernel(
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [HALVES * STAGES, BM, HALF], x_desc.layout)
     z_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, RANKS], x_desc.layout)
     operators = gl.allocate_shared_memory(gl.bfloat16, [6, HALF, COLUMNS], flat)  # D H in two parts, and -G
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_quantize, (

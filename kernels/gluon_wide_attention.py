@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_attention import BQ, BS, _exp2, _place
-from .gluon_hopper import _next, copy_in, wait_for_previous_kernel
+from .gluon_hopper import _next, copy_in, ring, wait_for_previous_kernel
 
 D = gl.constexpr(128)
 BYTES = gl.constexpr(BS * D * 2)  # of a tile of keys or values
@@ -171,13 +171,9 @@ def wide_attention_kernel(
     bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BS, D], k_desc.layout)  # keys and values by turns
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_attend, (
