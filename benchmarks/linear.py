@@ -3,8 +3,11 @@
     python benchmarks/linear.py [--tokens 1 512 4608] [--shapes 3072x9216] [--modes int4 codebook]
 
 Every time is the median over replays of a CUDA graph that runs each of several sets of random tensors once; together
-the sets are larger than the last-level cache, so operands come from memory. Host time is not in it. Results go to
-benchmarks/results/linear.json and linear.png.
+the sets are larger than the last-level cache, so operands come from memory. Host time is not in it.
+
+`ms` is taken after a rest, while the GPU still has the clock it starts with. `sustained_ms`, of the first mode from
+512 tokens on, is taken after SECONDS of nothing else, by turns, as work one step after the other finds it: large
+products are limited by power then. Results go to benchmarks/results/linear.json and linear.png.
 """
 
 import argparse
@@ -27,11 +30,13 @@ PIXART = [(1152, 1152), (1152, 4608), (4608, 1152)]
 TOKENS = [1, 16, 77, 512, 1024, 4608, 16384]
 RANK = 64
 COLD_BYTES = 250e6
+SECONDS, TIMED_SECONDS, ROUNDS = 0.2, 0.05, 3
+SUSTAINED_TOKENS = 512  # fewer do not reach the limit of power
 RESULTS = Path(__file__).parent / "results"
 
 
-def median_ms(run: Callable[..., Any], sets: list[tuple], repeats: int = 9) -> float:
-    """Milliseconds of one call of `run`, over all `sets` in turn."""
+def graph_of(run: Callable[..., Any], sets: list[tuple]) -> torch.cuda.CUDAGraph:
+    """`run` for each of `sets`, replayed once."""
     run(*sets[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -39,15 +44,36 @@ def median_ms(run: Callable[..., Any], sets: list[tuple], repeats: int = 9) -> f
         for arguments in sets:
             run(*arguments)
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    return graph
+
+
+def replays_ms(graph: torch.cuda.CUDAGraph, count: int = 1) -> float:
+    """Milliseconds of one of `count` replays in a row."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(sets))
-    return statistics.median(times)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def median_ms(run: Callable[..., Any], sets: list[tuple], repeats: int = 9) -> float:
+    """Milliseconds of one call of `run`, over all `sets` in turn."""
+    graph = graph_of(run, sets)
+    return statistics.median(replays_ms(graph) for _ in range(repeats)) / len(sets)
+
+
+def sustained_ms(runs: dict[str, tuple[Callable[..., Any], list[tuple]]]) -> dict[str, float]:
+    """Milliseconds of one call of each run, after SECONDS of that run alone; all by turns."""
+    graphs = {name: graph_of(run, sets) for name, (run, sets) in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, graph in graphs.items():
+            once = replays_ms(graph) / 1000
+            replays_ms(graph, round(SECONDS / once) + 1)
+            times[name].append(replays_ms(graph, round(TIMED_SECONDS / once) + 1) / len(runs[name][1]))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,37 +123,44 @@ class Linear:
 _compiled_fp8_rows = torch.compile(fp8_rows, dynamic=True)
 
 
-def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, float]:
+def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, dict[str, float]]:
     footprint = 2 * m * k + n * k // 2 + 2 * m * n
     copies = [Linear(m, k, n) for _ in range(max(2, min(16, int(COLD_BYTES / footprint) + 1)))]
     sets = [(copy,) for copy in copies]
-    row = {"bf16": median_ms(Linear.bf16, sets)}
+    runs: dict[str, tuple[Callable[..., Any], list[tuple]]] = {"bf16": (Linear.bf16, sets)}
     try:
-        row["torch fp8"] = median_ms(Linear.torch_fp8, sets)
+        Linear.torch_fp8(copies[0])
+        runs["torch fp8"] = Linear.torch_fp8, sets
     except (RuntimeError, ValueError) as error:  # a GPU or shape that torch's fp8 product does not know
         print(f"torch fp8 is left out: {str(error).splitlines()[0]}")
     for mode in modes:
-        row[f"ours {mode}"] = median_ms(lambda c, mode=mode: c.ours(mode), sets)
-        row[f"rotate_quantize {mode}"] = median_ms(lambda c, mode=mode: c.rotate_quantize(mode), sets)
-    quantized = [(copy, *copy.rotate_quantize(modes[0])) for copy in copies]
-    row["linear_a8"] = median_ms(Linear.multiply, quantized)
+        runs[f"ours {mode}"] = (lambda c, mode=mode: c.ours(mode)), sets
+        runs[f"rotate_quantize {mode}"] = (lambda c, mode=mode: c.rotate_quantize(mode)), sets
+    runs["linear_a8"] = Linear.multiply, [(copy, *copy.rotate_quantize(modes[0])) for copy in copies]
+    row = {"ms": {name: median_ms(*run) for name, run in runs.items()}}
+    if m >= SUSTAINED_TOKENS:
+        first = {name: run for name, run in runs.items() if name.split()[-1] not in modes[1:]}
+        row["sustained_ms"] = sustained_ms(first)
     return row
 
 
-def plot(rows: list[dict[str, Any]], modes: list[str], title: str) -> None:
+def plot(rows: list[dict[str, Any]], mode: str, title: str) -> None:
     shapes = sorted({(row["K"], row["N"]) for row in rows})
     figure, axes = panels(len(shapes), 4.5, 3.2, sharex=True, sharey=True)
     for axis, (k, n) in zip(axes, shapes, strict=True):
         here = sorted((row for row in rows if (row["K"], row["N"]) == (k, n)), key=lambda row: row["M"])
-        for name in ["torch fp8", *(f"ours {mode}" for mode in modes)]:
-            points = [(row["M"], row["ms"]["bf16"] / row["ms"][name]) for row in here if name in row["ms"]]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.axhline(1, color="grey", linewidth=0.8)
+        for name, color in ((f"ours {mode}", "tab:blue"), ("torch fp8", "grey")):
+            for key, style in (("ms", ":"), ("sustained_ms", "-")):
+                timed = [(row["M"], row[key]) for row in here if name in row.get(key, {})]
+                label = f"{name}, {'after a rest' if key == 'ms' else 'sustained'}"
+                speed = [ms["bf16"] / ms[name] for _, ms in timed]
+                axis.plot([m for m, _ in timed], speed, style, marker=".", color=color, label=label)
+        axis.axhline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", title=f"{k} → {n}")
         axis.tick_params(labelbottom=True)
     figure.supxlabel("tokens")
     figure.supylabel("speed against bf16 F.linear")
-    axes[0].legend()
+    axes[0].legend(fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(RESULTS / "linear.png", dpi=120)
@@ -154,13 +187,14 @@ def main() -> None:
     for shape in arguments.shapes:
         k, n = map(int, shape.split("x"))
         for m in arguments.tokens:
-            row = measure(m, k, n, arguments.modes)
-            rows.append({"M": m, "K": k, "N": n, "ms": row})
-            ratios = "  ".join(f"{name} {ms:.4f} (x{row['bf16'] / ms:.2f})" for name, ms in row.items())
-            print(f"{k:>6} -> {n:<6} M {m:<6} {ratios}", flush=True)
+            rows.append({"M": m, "K": k, "N": n, **measure(m, k, n, arguments.modes)})
+            for key in ("ms", "sustained_ms"):
+                ms = rows[-1].get(key, {})
+                ratios = "  ".join(f"{name} {time:.4f} (x{ms['bf16'] / time:.2f})" for name, time in ms.items())
+                print(f"{k:>6} -> {n:<6} M {m:<6} {key:<12} {ratios}", flush=True)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "linear.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
-    plot(rows, arguments.modes, f"One linear, everything included: {setting['gpu']}, torch {setting['torch']}")
+    plot(rows, arguments.modes[0], f"One linear, everything included: {setting['gpu']}, torch {setting['torch']}")
 
 
 if __name__ == "__main__":
