@@ -5,9 +5,10 @@
 Every time is the median over replays of a CUDA graph that runs each of several sets of random tensors once; together
 the sets are larger than the last-level cache, so operands come from memory. Host time is not in it.
 
-`ms` is taken after a rest, while the GPU still has the clock it starts with. `sustained_ms`, of the first mode from
-512 tokens on, is taken after SECONDS of nothing else, by turns, as work one step after the other finds it: large
-products are limited by power then. Results go to benchmarks/results/linear.json and linear.png.
+`ms` is of a few calls, bf16 first, one variant right after the other: bf16 has the clock that the GPU starts with, what
+is timed later less of it the more tokens there are. `sustained_ms`, of the first mode from 512 tokens on, is taken
+after SECONDS of nothing else, by turns, as work one step after the other finds it: large products are limited by power
+then. Results go to benchmarks/results/linear.json and linear.png.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def plot(rows: list[dict[str, Any]], mode: str, title: str) -> None:
         for name, color in ((f"ours {mode}", "tab:blue"), ("torch fp8", "grey")):
             for key, style in (("ms", ":"), ("sustained_ms", "-")):
                 timed = [(row["M"], row[key]) for row in here if name in row.get(key, {})]
-                label = f"{name}, {'after a rest' if key == 'ms' else 'sustained'}"
+                label = f"{name}, {'a few calls' if key == 'ms' else 'sustained'}"
                 speed = [ms["bf16"] / ms[name] for _, ms in timed]
                 axis.plot([m for m, _ in timed], speed, style, marker=".", color=color, label=label)
         axis.axhline(1, color="black", linewidth=0.8)
