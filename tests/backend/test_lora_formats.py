@@ -171,8 +171,11 @@ def run(model, helpers, channels=16):
 
 @pytest.mark.parametrize(
     ("block", "form"),
-    [("double", "kohya"), ("double", "bfl"), ("double", "fal"), ("double", "xlabs"),
-     ("single", "kohya"), ("single", "bfl")],
+    [
+        ("double", "fal"), ("double", "xlabs"), ("single", "kohya"),
+        *(pytest.param(*form, marks=pytest.mark.thorough)
+          for form in (("double", "kohya"), ("double", "bfl"), ("single", "bfl"))),
+    ],
 )  # fmt: skip
 def test_the_effect_of_fused_layers(request, helpers, block, form):
     models = request.getfixturevalue(block)

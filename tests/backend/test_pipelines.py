@@ -322,7 +322,7 @@ def swapped(model, helpers, how):
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks"])
+@pytest.mark.parametrize("how", ["compile", pytest.param("compile_repeated_blocks", marks=pytest.mark.thorough)])
 def test_hot_swapping_into_a_compiled_model(flux_case, helpers, how):
     """No recompilation for a LoRA of another rank and other values."""
     try:

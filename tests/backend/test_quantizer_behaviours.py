@@ -263,6 +263,7 @@ def test_compiled_once(case, helpers):
 
 
 @pytest.mark.untraced
+@pytest.mark.thorough
 @groups_on_cpu
 def test_compiled_with_group_offload(case, helpers):
     """Single layers in FLUX.1, which is the harder of the two and slow to trace, and blocks in PixArt."""

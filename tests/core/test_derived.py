@@ -155,8 +155,13 @@ def test_sequential_offload_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize(
+    ("outliers", "warm"),
+    [
+        (False, False), (True, True),
+        *(pytest.param(*kind, marks=pytest.mark.thorough) for kind in ((False, True), (True, False))),
+    ],
+)  # fmt: skip
 def test_one_graph(outliers, warm, made):
     """What was kept before goes into the graph; it cannot keep anything itself."""
     model = layers(outliers)

@@ -21,7 +21,15 @@ from .conftest import CAPTIONS, tree
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize(
+    ("short", "calibrated"),
+    [
+        ("pixart-sigma-tiny", True), ("flux-tiny", False),
+        pytest.param("flux-tiny", True, marks=pytest.mark.thorough),
+        pytest.param("pixart-sigma-tiny", False, marks=pytest.mark.thorough),
+    ],
+    indirect=["short"],
+)  # fmt: skip
 def test_the_same_codes_as_in_memory(short, calibrated, tmp_path):
     """From the same statistics: every step of every prompt, one prompt at a time, blocks fed by dense blocks."""
     prompts = CAPTIONS if calibrated else []

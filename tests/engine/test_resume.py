@@ -40,6 +40,7 @@ def child(out):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.thorough
 def test_killed_at_random_moments(reference, tmp_path):
     out, random_delay = tmp_path / "out", random.Random(0)
     kills = 0

@@ -32,7 +32,7 @@ def pixels(folder, prompts):
     return [np.asarray(Image.open(folder / f"{p.id}.png")) for p in prompts]
 
 
-@pytest.mark.parametrize("models", ["pixart", "flux"])
+@pytest.mark.parametrize("models", ["pixart", pytest.param("flux", marks=pytest.mark.thorough)])
 def test_two_checkpoints_against_one_reference(request, models, four, tmp_path):
     models = request.getfixturevalue(models)
     result = evaluate(models.sources, models.reference, four, tmp_path, models.options(control=True))

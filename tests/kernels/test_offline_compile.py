@@ -24,7 +24,7 @@ from dirotq.kernels import (  # noqa: E402
     triton_w4a16,
 )
 
-from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, loop, overlaps  # noqa: E402
+from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, loop, overlaps, thorough  # noqa: E402
 
 SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}
@@ -95,8 +95,7 @@ SPILLING = {
 }
 
 
-# Other sizes and modes of a kernel are compiled for AMD's chips, Hopper and one more of NVIDIA's; for all, it takes
-# minutes.
+# Other sizes and modes of a kernel, with `-m thorough`: for AMD's chips, Hopper and one more of NVIDIA's.
 VARIANTS = (
     "quantize codebook", "quantize int4, one token", "quantize int4, no basis", "a8, one token", "a8, 64 tokens",
     "a8, GELU", "a16, 16 tokens",
@@ -106,7 +105,10 @@ FEW_CHIPS = ("sm_86", "sm_90", "gfx1100", "gfx942")
 
 @pytest.mark.parametrize(
     ("chip", "name"),
-    [(chip, name) for chip in TARGETS for name in KERNELS if name not in VARIANTS or chip in FEW_CHIPS],
+    [
+        *((chip, name) for chip in TARGETS for name in KERNELS if name not in VARIANTS),
+        *(thorough(chip, name) for chip in FEW_CHIPS for name in VARIANTS),
+    ],
 )
 def test_compiles(chip, name, tmp_path):
     target, shared_memory, int8_matrix = TARGETS[chip]
@@ -140,10 +142,8 @@ ON_ALL = ("partial project, 4608 tokens", "quantize codebook, 4608 tokens", "qua
 @pytest.mark.parametrize(
     ("chip", "name"),
     [
-        (chip, name)
-        for chip in TARGETS
-        for name in SITE_KERNELS
-        if chip in ("sm_86", "sm_90") or (chip.startswith("sm_") and name in ON_ALL)
+        *((chip, name) for chip in TARGETS if chip.startswith("sm_") for name in ON_ALL),
+        *(thorough(chip, name) for chip in ("sm_86", "sm_90") for name in SITE_KERNELS if name not in ON_ALL),
     ],
 )
 def test_site_kernels_compile(chip, name, tmp_path):
@@ -156,7 +156,10 @@ def test_site_kernels_compile(chip, name, tmp_path):
 
 @pytest.mark.parametrize(
     ("chip", "chunks", "rows"),
-    [*((chip, *plan) for chip in TARGETS if chip.startswith("sm_") for plan in ((32, 4), (3, 16))), ("sm_90", 120, 16)],
+    [
+        *((chip, *plan) for chip in TARGETS if chip.startswith("sm_") for plan in ((32, 4), (3, 16))),
+        thorough("sm_90", 120, 16),
+    ],
 )
 def test_sum_of_parts_compiles(chip, chunks, rows, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
@@ -165,7 +168,7 @@ def test_sum_of_parts_compiles(chip, chunks, rows, tmp_path):
     check(compiled, target, shared_memory, tmp_path)
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, thorough(4)])
 @pytest.mark.parametrize("chip", TARGETS)
 def test_few_tokens_compiles(chip, tokens, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
@@ -209,7 +212,7 @@ def test_nvfp4_compiles_to_the_block_scaled_instruction(chip, instruction, token
     check(compiled, target, shared_memory, tmp_path)
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx1100", "gfx942"])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", thorough("gfx1100"), "gfx942"])
 def test_nvfp4_compiles_elsewhere(chip, tmp_path):
     target, shared_memory, _ = TARGETS[chip]
     values = {**LINEAR, "NATIVE": False, **triton_fp4.blocks(4608, False)}

@@ -8,14 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .offline import KIB, TARGETS, check, compile_for, compile_gluon, descriptor, loop, needs_gluon
+from .offline import KIB, TARGETS, check, compile_for, compile_gluon, descriptor, loop, needs_gluon, thorough
 
 ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD": True, "GATED": True}}
 
 
 @needs_gluon
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize(
+    ("columns", "end"),
+    [
+        (128, "gelu"), (128, "gated"), (256, "plain"), (256, "gated"),
+        *(thorough(*variant) for variant in ((128, "plain"), (128, "added"), (256, "gelu"), (256, "added"))),
+    ],
+)  # fmt: skip
 def test_hopper_product_compiles(columns, end, tmp_path):
     from triton.experimental.gluon import language as gl
 
@@ -44,18 +49,18 @@ def test_hopper_product_compiles(columns, end, tmp_path):
     ("name", "end", "shared", "rows"),
     [
         ("linear_a8_packed_kernel", "plain", False, 64),
-        ("linear_a8_packed_kernel", "plain", False, 128),
         ("linear_a8_packed_kernel", "gelu", False, 128),
-        ("linear_a8_packed_kernel", "gelu", False, 256),
-        ("linear_a8_packed_kernel", "gated", False, 128),
-        ("linear_a8_packed_kernel", "gated", True, 64),
-        ("linear_a8_packed_kernel", "gated", True, 128),
         ("linear_a8_packed_kernel", "gated", True, 256),
-        ("siblings_packed_kernel", "plain", False, 64),
-        ("siblings_packed_kernel", "plain", False, 128),
-        ("siblings_packed_kernel", "gelu", False, 128),
         ("siblings_packed_kernel", "gelu", True, 64),
-        ("siblings_packed_kernel", "gelu", True, 256),
+        ("siblings_packed_kernel", "plain", False, 128),
+        thorough("linear_a8_packed_kernel", "plain", False, 128),
+        thorough("linear_a8_packed_kernel", "gelu", False, 256),
+        thorough("linear_a8_packed_kernel", "gated", False, 128),
+        thorough("linear_a8_packed_kernel", "gated", True, 64),
+        thorough("linear_a8_packed_kernel", "gated", True, 128),
+        thorough("siblings_packed_kernel", "plain", False, 64),
+        thorough("siblings_packed_kernel", "gelu", False, 128),
+        thorough("siblings_packed_kernel", "gelu", True, 256),
     ],
 )
 def test_hopper_packed_product_compiles(name, end, shared, rows, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import cases
-from .offline import compile_gluon, needs_gluon
+from .offline import compile_gluon, needs_gluon, thorough
 from .test_offline_hopper import ONE_OR_TWO_PARTS, site_types
 
 pytest.importorskip("triton")
@@ -74,7 +74,7 @@ def test_taken_where_it_can_be(m, widths, rank, wide, mode, monkeypatch):
 
 
 @needs_gluon
-@pytest.mark.parametrize("block", [128, 64, 32])
+@pytest.mark.parametrize("block", [128, thorough(64), thorough(32)])
 @ONE_OR_TWO_PARTS
 def test_compiles(x, block, tmp_path):
     from dirotq.kernels import gluon_site_wide, hopper_site
