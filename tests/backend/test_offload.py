@@ -107,8 +107,11 @@ def gradient(module, x):
 @groups_on_cpu
 @pytest.mark.parametrize(
     ("method", "bits"),
-    [(None, 4), (None, 8), (None, 16), ("orbitquant", 3), ("orbitquant", 4), ("lrq", 4), ("robuq", 2), ("nvfp4", 4),
-     ("nf4", 16), ("rtn", 4)],
+    [
+        (None, 4), ("orbitquant", 3), ("lrq", 4), ("robuq", 2), ("nvfp4", 4),
+        *(pytest.param(*kind, marks=pytest.mark.thorough)
+          for kind in ((None, 8), (None, 16), ("orbitquant", 4), ("nf4", 16), ("rtn", 4))),
+    ],
 )  # fmt: skip
 def test_gradients_of_linears_in_groups(flux_case, tmp_path, method, bits):
     """Backward runs when the weights are gone again; on disk what stands in their place is not initialized."""

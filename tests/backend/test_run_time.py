@@ -129,7 +129,7 @@ PIXART = {
     ("cls", "shape", "sites_and_products"),
     [
         (FluxTransformer2DModel, FLUX, {(8, 8), (2, 2)}),  # double blocks, single blocks
-        (PixArtTransformer2DModel, PIXART, {(6, 6)}),
+        pytest.param(PixArtTransformer2DModel, PIXART, {(6, 6)}, marks=pytest.mark.thorough),
     ],
 )
 def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, tmp_path):

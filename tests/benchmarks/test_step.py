@@ -29,6 +29,7 @@ def test_a_failure_is_named(step, capsys):
     assert step.attempt("peer", lambda: 3) == 3
 
 
+@pytest.mark.thorough
 @torch._inductor.config.patch(compile_threads=2)
 def test_compiler_helpers_work_after_a_signal_that_ended_them(step, capsys):
     from torch._inductor.async_compile import AsyncCompile

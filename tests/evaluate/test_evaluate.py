@@ -250,6 +250,7 @@ def test_a_model_that_is_nowhere(pixart, four, tmp_path, monkeypatch):
         evaluate(["me/nothing"], pixart.reference, four, tmp_path, pixart.options())
 
 
+@pytest.mark.thorough
 def test_two_processes_make_what_one_makes(pixart, four, done, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"id": p.id, "prompt": p.text} for p in four]))

@@ -226,6 +226,7 @@ print(sum(p.numel() for p in model.parameters()))
 """
 
 
+@pytest.mark.thorough
 def test_a_mirror_named_by_the_environment(pushed, reference, tmp_path):
     """HF_ENDPOINT, HF_TOKEN and then HF_HUB_OFFLINE, as a user sets them, in a process of its own."""
     environment = {

@@ -17,8 +17,9 @@ ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD
 @pytest.mark.parametrize(
     ("columns", "end"),
     [
-        (128, "gelu"), (128, "gated"), (256, "plain"), (256, "gated"),
-        *(thorough(*variant) for variant in ((128, "plain"), (128, "added"), (256, "gelu"), (256, "added"))),
+        (128, "gelu"), (256, "gated"),
+        *(thorough(128, end) for end in ("plain", "added", "gated")),
+        *(thorough(256, end) for end in ("plain", "added", "gelu")),
     ],
 )  # fmt: skip
 def test_hopper_product_compiles(columns, end, tmp_path):
@@ -48,11 +49,11 @@ def test_hopper_product_compiles(columns, end, tmp_path):
 @pytest.mark.parametrize(
     ("name", "end", "shared", "rows"),
     [
-        ("linear_a8_packed_kernel", "plain", False, 64),
         ("linear_a8_packed_kernel", "gelu", False, 128),
         ("linear_a8_packed_kernel", "gated", True, 256),
         ("siblings_packed_kernel", "gelu", True, 64),
-        ("siblings_packed_kernel", "plain", False, 128),
+        thorough("linear_a8_packed_kernel", "plain", False, 64),
+        thorough("siblings_packed_kernel", "plain", False, 128),
         thorough("linear_a8_packed_kernel", "plain", False, 128),
         thorough("linear_a8_packed_kernel", "gelu", False, 256),
         thorough("linear_a8_packed_kernel", "gated", False, 128),
@@ -153,13 +154,13 @@ def test_projection_fills_the_chip(m, blocks, multiprocessors):
     ("m", "resident", "alone", "project"),
     [
         (512, 1, False, True),
-        (512, 1, False, False),
         (4608, 2, False, True),
         (8192, 1, True, True),
-        (8192, 1, True, False),
-        (8704, 2, True, True),
         (8704, 2, True, False),
-        (16384, 2, True, True),
+        thorough(512, 1, False, False),
+        thorough(8192, 1, True, False),
+        thorough(8704, 2, True, True),
+        thorough(16384, 2, True, True),
     ],
 )
 @ONE_OR_TWO_PARTS
@@ -199,7 +200,7 @@ def test_hopper_attention_compiles(d, bias, masked, tmp_path):
 
 
 @needs_gluon
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, thorough(True)])
 def test_hopper_wide_attention_compiles(masked, tmp_path):
     from dirotq.kernels import hopper_attention
     from dirotq.kernels.gluon_wide_attention import wide_attention_kernel as kernel

@@ -117,7 +117,10 @@ def test_too_few_tokens_are_remarked(pixart):
     assert any("calibration tokens for" in note for note in report.notes())
 
 
-@pytest.mark.parametrize("method", ["paper", "svdquant", "rtn", "hadamard"])
+THOROUGH = [pytest.param(method, marks=pytest.mark.thorough) for method in ("rtn", "hadamard")]
+
+
+@pytest.mark.parametrize("method", ["paper", "svdquant", *THOROUGH])
 def test_every_method_round_trips(pixart, method, tmp_path):
     pipeline = pixart.load()
     report = dirotq.quantize(
