@@ -327,6 +327,10 @@ def measure(name: str, size: str, arguments: argparse.Namespace, device: str, sa
     print(table(result), flush=True)
 
 
+def key_of(step: dict[str, Any]) -> tuple:
+    return step["model"], step["pixels"], step["batch"], step.get("note")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["flux", "pixart"], choices=["flux", "pixart"])
@@ -339,6 +343,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the dequantized model")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script without a GPU")
+    parser.add_argument("--note", help="which run this is; a step of step.json is replaced by one of the same run")
     parser.add_argument("--append", action="store_true", help="keep the other steps in step.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
@@ -364,8 +369,8 @@ def main() -> None:
     steps: list[dict] = json.loads(file.read_text())["steps"] if arguments.append and file.exists() else []
 
     def save(result: dict) -> None:
-        key = (result["model"], result["pixels"], result["batch"])
-        steps[:] = [s for s in steps if (s["model"], s["pixels"], s["batch"]) != key] + [result]
+        noted = result if arguments.note is None else {**result, "note": arguments.note}
+        steps[:] = [s for s in steps if key_of(s) != key_of(noted)] + [noted]
         file.write_text(json.dumps({**setting, "steps": steps}, indent=1) + "\n")
 
     for name in arguments.models:

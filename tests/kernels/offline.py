@@ -32,9 +32,15 @@ TARGETS = {
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * KIB, r"v_wmma_i32\S*iu8"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB, r"v_mfma_i32\S*i8"),
 }
-FLOAT_MATRIX = (
-    r"mma\.sync\S*f32\.(bf16|f16)|wgmma\.mma_async\S*f32\.(bf16|f16)|tcgen05\.mma\S*kind::f16|v_(wmma|mfma)_f32"
-)
+# The 16-bit one; sm_90 and sm_100 multiply tiles of fewer than 64 rows with that of sm_80.
+_OF_WARPS = r"mma\.sync\S*f32\.(bf16|f16)"
+FLOAT_MATRIX = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _OF_WARPS),
+    "sm_90": rf"wgmma\.mma_async\S*f32\.(bf16|f16)|{_OF_WARPS}",
+    "sm_100": rf"tcgen05\.mma\S*kind::f16|{_OF_WARPS}",
+    "gfx1100": r"v_wmma_f32",
+    "gfx942": r"v_mfma_f32",
+}
 
 
 def thorough(*values):
