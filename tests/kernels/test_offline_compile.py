@@ -92,7 +92,10 @@ for _mode in ("codebook", "int4", "int8"):
 SPILLING = {
     **{(chip, "quantize int4, no basis"): "fp16 and int4" for chip in TARGETS},
     ("gfx1100", "quantize int4, one token"): "int4",
-    **{("gfx942", name): "a tile of 8 waves" for name in ("rotate", "quantize codebook", "quantize int4")},
+    **{
+        ("gfx942", name): "a tile of 8 waves"
+        for name in ("rotate", *(f"quantize {mode}" for mode in ("codebook", "int4", "int8")))
+    },
 }
 
 
