@@ -77,10 +77,10 @@ def test_every_caption_word_is_one_known_token(name, pipelines):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_captioned_scene_is_recognized(name, pipelines):
-    scenes = prompts(8, seed=0)
+    scenes = prompts(16, seed=0)
     generators = [torch.Generator().manual_seed(i) for i in range(len(scenes))]
     images = pipelines[name]([s.caption() for s in scenes], generator=generators, **get(name).call).images
-    assert sum(check(image, scene).ok for image, scene in zip(images, scenes, strict=True)) >= 7
+    assert sum(check(image, scene).ok for image, scene in zip(images, scenes, strict=True)) >= 13
 
 
 def test_both_text_encoders_of_flux_matter(pipelines):

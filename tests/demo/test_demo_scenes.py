@@ -90,7 +90,7 @@ def _jpeg(image: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     ("disturb", "n"),
     [
-        pytest.param(lambda image: image, 250, id="as drawn"),
+        pytest.param(lambda image: image, 1000, id="as drawn"),
         pytest.param(lambda image: image.filter(ImageFilter.GaussianBlur(1.2)), 250, id="blurred"),
         pytest.param(_noise, 250, id="noisy"),
         pytest.param(_jpeg, 250, id="jpeg"),

@@ -111,9 +111,14 @@ def loop(compiled, matrix, folder):
     return max(loops, key=lambda names: names.count(matrix))
 
 
-def check(compiled, target, shared_memory, folder, most_spilled=0):
+def check(compiled, target, shared_memory, folder, most_spilled=0, known=None):
+    """known: why this kernel spills on this chip; then it fails once it does not."""
     assert compiled.metadata.shared <= shared_memory
-    assert spilled(compiled, target, folder) <= most_spilled or not NEW
+    count = spilled(compiled, target, folder)
+    if known and count:
+        pytest.xfail(f"spills: {known}")
+    assert not (known and NEW), "spills no more: that is no longer known of it"
+    assert count <= most_spilled or not NEW
 
 
 def compile_gluon(kernel, types, values, folder, most_spilled=0, warps=4):
