@@ -7,7 +7,6 @@ overwritten, and says so in an error. So the model says itself where a step begi
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -38,8 +37,11 @@ def forget_repeated_blocks(model: Any) -> None:
 
 
 def _begin_step(model: nn.Module, args: Any) -> None:
-    """Where blocks were compiled one by one and CUDA graphs are in use, the step before is over."""
-    if torch.compiler.is_compiling() or "torch._inductor.cudagraph_trees" not in sys.modules:
+    """Where blocks were compiled one by one, the step before is over.
+
+    Also where no CUDA graph has been made yet: the very first step makes them, and has to be a step already.
+    """
+    if torch.compiler.is_compiling():
         return
     blocks = (block for stack in recipe_for(model).blocks for block in getattr(model, stack))
     if any(block._compiled_call_impl is not None for block in blocks):

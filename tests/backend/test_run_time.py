@@ -199,6 +199,53 @@ def test_blocks_in_cuda_graphs(case, helpers):
     assert all(torch.equal(y, outputs[4 * (i // 4) + 3]) for i, y in enumerate(outputs))
 
 
+def in_a_new_process(case, helpers, folder, code):
+    """Run `code` in a process where nothing was compiled: it has `model`, on the GPU if any, and its `arguments`."""
+    torch.save(helpers.inputs(case.load()), folder / "arguments.pt")
+    before = (
+        "import sys, torch, diffusers, dirotq\n"
+        "device = 'cuda' if torch.cuda.is_available() else 'cpu'\n"
+        f"cls, folder = getattr(diffusers, {case.cls.__name__!r}), {str(folder)!r}\n"
+        f"model = cls.from_pretrained({str(case.quantized)!r}, torch_dtype=torch.bfloat16).to(device)\n"
+        "arguments = {name: value.to(device) if isinstance(value, torch.Tensor) else value\n"
+        "             for name, value in torch.load(folder + '/arguments.pt').items()}\n"
+    )
+    done = processes.run(before + code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_step_of_a_process_is_marked(case, helpers, tmp_path):
+    """Before any block is called, though nothing of CUDA graphs has been imported by then."""
+    code = (
+        "assert 'torch._inductor.cudagraph_trees' not in sys.modules\n"
+        "seen = []\n"
+        "torch.compiler.cudagraph_mark_step_begin = lambda: seen.append('mark')\n"
+        "model.transformer_blocks[0].register_forward_pre_hook(lambda *_: seen.append('block'))\n"
+        "with torch.no_grad():\n"
+        "    model(**arguments)\n"
+        "    assert seen == ['block'], seen\n"
+        "    model.compile_repeated_blocks(backend='eager')\n"
+        "    model(**arguments), model(**arguments)\n"
+        "assert seen == ['block', *['mark', 'block'] * 2], seen\n"
+    )
+    in_a_new_process(case, helpers, tmp_path, code)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_blocks_in_cuda_graphs_of_a_new_process(case, helpers, tmp_path):
+    code = (
+        "dirotq.set_activation_bits(model, 16)\n"
+        "with torch.no_grad():\n"
+        "    expected = model(**arguments)[0]\n"
+        "    model.compile_repeated_blocks(fullgraph=True, mode='reduce-overhead')\n"
+        "    for _ in range(4):\n"
+        "        error = (model(**arguments)[0] - expected).float().norm() / expected.float().norm()\n"
+        "        assert error < 0.02, error\n"
+    )
+    in_a_new_process(case, helpers, tmp_path, code)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("bits", [4, 8])
