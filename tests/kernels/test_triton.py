@@ -207,7 +207,7 @@ def hopper_case(m, k, n, rank):
 @pytest.mark.gpu
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("rank", [0, 64, 128])
-@pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (4608, 15360, 3072)])
+@pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 21504), (4608, 15360, 3072)])
 def test_strategies_agree(m, k, n, rank, gelu, monkeypatch):
     from dirotq.kernels import hopper_packed, triton_linear
 
@@ -225,7 +225,7 @@ def test_strategies_agree(m, k, n, rank, gelu, monkeypatch):
 @pytest.mark.parametrize(
     ("m", "k", "n", "rank"),
     [(1, 64, 8, 0), (65, 192, 264, 40), (300, 448, 256, 64), (200, 1152, 1152, 64), (512, 12288, 3072, 64),
-     (1000, 15360, 3072, 128), (4608, 3072, 3072, 64)],
+     (1000, 15360, 3072, 128), (4608, 3072, 3072, 64), (4608, 3072, 21504, 64)],
 )  # fmt: skip
 def test_packed_tiles_agree(m, k, n, rank, tokens, shared, monkeypatch):
     """Integers are summed in any order, so tiles and their sharing change no bit, from run to run neither."""
@@ -240,6 +240,33 @@ def test_packed_tiles_agree(m, k, n, rank, tokens, shared, monkeypatch):
         cases.assert_close(runs[0], y)
         y = runs[0]
     assert all(torch.equal(y, run) for run in runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("m", "k", "ns", "rank"),
+    [(65, 192, (128, 264), 40), (300, 448, (256, 128, 8), 64), (700, 192, (128,) * 6, 64), (1000, 1152, (1152,) * 3, 0),
+     (512, 3072, (3072, 3072, 3072, 12288), 64)],
+)  # fmt: skip
+def test_packed_tiles_of_siblings_agree(m, k, ns, rank, tokens, shared, monkeypatch):
+    """With the unpacked product of each linear alone, and from run to run."""
+    from dirotq.kernels import hopper_packed
+
+    codes, scale, z, *_, table, dtype = hopper_case(m, k, ns[0], rank)
+    own = [cases.weights(n, k, rank, device="cuda", seed=i) for i, n in enumerate(ns)]
+    columns = [[w.weight for w in own], [w.row_scale / 100 for w in own]]
+    columns += [[w.low_rank for w in own] if rank else [], [w.bias for w in own]]
+    gelu = [i % 2 == 0 for i in range(len(ns))]
+    monkeypatch.setattr(hopper_packed, "choose", lambda *_: (tokens, shared))
+    runs = [kernels.linear_a8_siblings(codes, scale, z, *columns, table, dtype, gelu) for _ in range(3)]
+    monkeypatch.setattr(hopper_packed, "choose", lambda *_: None)
+    for i, (w, curved) in enumerate(zip(own, gelu, strict=True)):
+        alone = kernels.linear_a8(
+            codes, scale, z, w.weight, w.row_scale / 100, w.low_rank, w.bias, table, dtype, curved
+        )  # fmt: skip
+        assert all(torch.equal(alone, run.split(ns, 1)[i]) for run in runs)
 
 
 def test_packed_tile_choice():
