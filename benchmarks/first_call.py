@@ -82,18 +82,18 @@ def main() -> None:
         name, kind = arguments.child
         child(name, kind, arguments.tiny)
         return
-    rows, setting = [], {}
+    rows: list[dict] = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "first_call.json"
     for name in arguments.models:
         for kind in arguments.kinds:
             with tempfile.TemporaryDirectory() as folder:
                 for caches in ("cold", "warm"):
                     found = measure(name, kind, arguments.tiny, Path(folder))
-                    setting = found["setting"]
                     rows.append({"model": name, "kind": kind, "caches": caches, **found["times"]})
+                    file.write_text(json.dumps({**found["setting"], "rows": rows}, indent=1) + "\n")
                     times = "  ".join(f"{key} {value:.2f}" for key, value in found["times"].items())
                     print(f"{name:<8}{kind:<18}{caches:<6}{times}", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "first_call.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

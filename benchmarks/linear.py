@@ -2,6 +2,9 @@
 
     python benchmarks/linear.py [--tokens 1 512 4608] [--shapes 3072x9216] [--modes int4 codebook]
 
+With PEER_TOKENS also torchao's fp8 and int8, compiled for the size (with the compiler's settings; `step.py` has
+torchao's), bitsandbytes' NF4 and the published DiRotQ. One that is not installed or fails is named and left out.
+
 Every time is the median over replays of a CUDA graph that runs each of several sets of random tensors once; together
 the sets are larger than the last-level cache, so operands come from memory. Host time is not in it.
 
@@ -19,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import linear_peers
+import step_models
 import torch
 import torch.nn.functional as F
 from step_report import panels
@@ -27,12 +32,14 @@ from torch import Tensor
 from dirotq import kernels
 
 FLUX = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
-PIXART = [(1152, 1152), (1152, 4608), (4608, 1152)]
+PIXART = [(1152, 1152), (1152, 3456), (1152, 4608), (4608, 1152)]
 TOKENS = [1, 16, 77, 512, 1024, 4608, 16384]
 RANK = 64
 COLD_BYTES = 250e6
 SECONDS, TIMED_SECONDS, ROUNDS = 0.2, 0.05, 3
 SUSTAINED_TOKENS = 512  # fewer do not reach the limit of power
+PEER_TOKENS = (512, 4608)
+LEAST_DB = 8.0  # of a 4-bit linear of random weights against bf16
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -96,6 +103,7 @@ class Linear:
         self.low_rank = (torch.randn(n, RANK, device="cuda") / k**0.5).bfloat16()
         self.bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
         self.table = kernels.CODEBOOK16
+        self.peers: dict[str, linear_peers.Run] = {}
 
     def bf16(self) -> Tensor:
         return F.linear(self.x, self.dense, self.bias)
@@ -117,11 +125,29 @@ class Linear:
     def multiply(self, codes: Tensor, scale: Tensor, z: Tensor) -> Tensor:
         return kernels.linear_a8(codes, scale, z, *self._weights(), torch.bfloat16)
 
+    def peer(self, name: str) -> Tensor:
+        return self.peers[name](self.x)
+
     def _weights(self) -> tuple:
         return self.weight, self.weight_scale, self.low_rank, self.bias, self.table
 
 
 _compiled_fp8_rows = torch.compile(fp8_rows, dynamic=True)
+
+
+def attempt_peer(name: str, copies: list[Linear]) -> bool:
+    """Give each of `copies` the peer `name`; False, and why, if one cannot be made or run here."""
+    try:
+        for copy in copies:
+            copy.peers[name] = linear_peers.PEERS[name](copy.dense, copy.bias)
+        noise = step_models.sqnr(copies[0].peer(name), copies[0].bf16())
+        graph_of(lambda copy: copy.peer(name), [(copies[0],)])
+    except (ImportError, AssertionError, RuntimeError, ValueError, TypeError) as error:
+        print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return False
+    if noise < LEAST_DB:
+        raise AssertionError(f"{name} is not the linear it stands for: {noise:.1f} dB")
+    return True
 
 
 def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, dict[str, float]]:
@@ -134,14 +160,18 @@ def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, dict[str, flo
         runs["torch fp8"] = Linear.torch_fp8, sets
     except (RuntimeError, ValueError) as error:  # a GPU or shape that torch's fp8 product does not know
         print(f"torch fp8 is left out: {str(error).splitlines()[0]}")
+    for name in linear_peers.PEERS if m in PEER_TOKENS else ():
+        run = (lambda c, name=name: c.peer(name)), sets
+        if attempt_peer(name, copies):
+            runs[name] = run
     for mode in modes:
         runs[f"ours {mode}"] = (lambda c, mode=mode: c.ours(mode)), sets
         runs[f"rotate_quantize {mode}"] = (lambda c, mode=mode: c.rotate_quantize(mode)), sets
     runs["linear_a8"] = Linear.multiply, [(copy, *copy.rotate_quantize(modes[0])) for copy in copies]
     row = {"ms": {name: median_ms(*run) for name, run in runs.items()}}
     if m >= SUSTAINED_TOKENS:
-        first = {name: run for name, run in runs.items() if name.split()[-1] not in modes[1:]}
-        row["sustained_ms"] = sustained_ms(first)
+        others = {f"{what} {mode}" for what in ("ours", "rotate_quantize") for mode in modes[1:]}
+        row["sustained_ms"] = sustained_ms({name: run for name, run in runs.items() if name not in others})
     return row
 
 
@@ -150,7 +180,7 @@ def plot(rows: list[dict[str, Any]], mode: str, title: str) -> None:
     figure, axes = panels(len(shapes), 4.5, 3.2, sharex=True, sharey=True)
     for axis, (k, n) in zip(axes, shapes, strict=True):
         here = sorted((row for row in rows if (row["K"], row["N"]) == (k, n)), key=lambda row: row["M"])
-        for name, color in ((f"ours {mode}", "tab:blue"), ("torch fp8", "grey")):
+        for name, color in ((f"ours {mode}", "tab:blue"), ("torchao fp8", "tab:orange"), ("torch fp8", "grey")):
             for key, style in (("ms", ":"), ("sustained_ms", "-")):
                 timed = [(row["M"], row[key]) for row in here if name in row.get(key, {})]
                 label = f"{name}, {'a few calls' if key == 'ms' else 'sustained'}"
@@ -167,6 +197,7 @@ def plot(rows: list[dict[str, Any]], mode: str, title: str) -> None:
     figure.savefig(RESULTS / "linear.png", dpi=120)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
@@ -175,6 +206,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import triton
 
+    torch._dynamo.config.recompile_limit = 4 * len(PEER_TOKENS) * len(arguments.shapes)
     setting = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -183,6 +215,7 @@ def main() -> None:
         "rank": RANK,
         "unit": "ms, median",
     }
+    setting |= step_models.versions("torchao", "bitsandbytes")
     print(json.dumps(setting))
     rows = []
     for shape in arguments.shapes:

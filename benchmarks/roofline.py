@@ -1,4 +1,4 @@
-"""Expected milliseconds of a step on GPUs that were not at hand, from a step that was measured: not measurements.
+"""Expected milliseconds of a step on GPUs that it has not run on, from a step that was measured: not measurements.
 
     python benchmarks/roofline.py [--step benchmarks/results/step.json]
 
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--step", type=Path, default=Path(__file__).parent / "results" / "step.json")
     parser.add_argument("--variants", nargs="+", default=["bf16", "bf16-compiled", "ours-r64-compiled"])
     arguments = parser.parse_args()
-    results = json.loads(arguments.step.read_text())
-    for step in results["steps"]:
+    for step in json.loads(arguments.step.read_text())["steps"]:
         rows = {
             n: r["buckets_ms"] for n, r in step["variants"].items() if n in arguments.variants and "buckets_ms" in r
         }
@@ -52,9 +51,9 @@ def main() -> None:
         print(f"\n{step['model']} {step['pixels']}² batch {step['batch']}: expected ms, not measured\n")
         print("| | " + " | ".join(rows) + " |\n|---|" + "---|" * len(rows))
         for chip in PEAKS:
-            measured = chip == results["gpu"]
+            measured = chip == step["gpu"]
             other = {} if measured or pytorchs is None else {"attention": pytorchs}  # ours is for Hopper
-            cells = [f"{expected(name, row | other, results['gpu'], chip):.0f}" for name, row in rows.items()]
+            cells = [f"{expected(name, row | other, step['gpu'], chip):.0f}" for name, row in rows.items()]
             note = " (kernels as measured)" if measured else ""
             print(f"| {chip}{note} | " + " | ".join(cells) + " |")
 

@@ -6,9 +6,9 @@ eager: as loaded. compiled: `compile_repeated_blocks(fullgraph=True)`. reduce-ov
 a CUDA graph for each block. graph: the compiled step captured as one CUDA graph, which leaves nothing to the host.
 Variants are timed in turn, round after round, in one process: CUDA events around several calls back to back, median
 over rounds. A variant that fails is named and left out, as is one that is being prepared when the script is interrupted
-(Ctrl-C, SIGTERM). Every quantized model of this package is first compared with a dense one that has the weights it
-stands for. Results go to step.json after each step, then to step.png and step-profile.png (time of GPU kernels by
-kind), all in --out (default benchmarks/results).
+(Ctrl-C, SIGTERM); an interrupt while they are timed ends the rounds. Every quantized model of this package is first
+compared with a dense one that has the weights it stands for. Results go to step.json after each step, then to step.png
+and step-profile.png (time of GPU kernels by kind), all in --out (default benchmarks/results).
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 import step_models
 import torch
 import torch._inductor.config
+from step_models import sqnr
 from step_report import buckets, plot_profile, plot_times, table
 from torch import Tensor, nn
 from torch._inductor.async_compile import shutdown_compile_workers
@@ -67,12 +68,6 @@ OURS = {
     "paper": DiRotQConfig(method="paper"),
 }
 CALLS = 3  # in a row between two events
-
-
-def sqnr(y: Tensor, reference: Tensor) -> float:
-    """Signal-to-noise ratio in dB."""
-    y, reference = y.double(), reference.double()
-    return float(10 * torch.log10(reference.square().sum() / (reference - y).square().sum().clamp(min=1e-30)))
 
 
 def isolate(model: nn.Module) -> None:
@@ -140,7 +135,7 @@ class Variant:
 
     @torch.no_grad()
     def run(self) -> Tensor:
-        if self.kind == "reduce-overhead":
+        if self.kind == "reduce-overhead" and not self.bits:  # ours say themselves where a step begins
             torch.compiler.cudagraph_mark_step_begin()
         return self.model(**self.arguments)[0]
 
@@ -270,6 +265,22 @@ def attempt(label: str, action: Callable[[], Any]) -> Any:
     return result
 
 
+def rounds(ready: list[Variant], count: int) -> dict[str, list[float]]:
+    """Milliseconds of each of `ready`, by turns; an interrupt after the first round ends them and loses nothing."""
+    times: dict[str, list[float]] = {variant.name: [] for variant in ready}
+    for done in range(count):
+        try:
+            found = {variant.name: variant.milliseconds() for variant in ready}
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            print(f"interrupted: {done} of {count} rounds", flush=True)
+            break
+        for label, ms in found.items():
+            times[label].append(ms)
+    return times
+
+
 def measure(name: str, size: str, arguments: argparse.Namespace, device: str, save: Callable[[dict], None]) -> None:
     pixels, batch = map(int, size.split("x"))
     cuda, begun = device == "cuda", time.perf_counter()
@@ -302,16 +313,14 @@ def measure(name: str, size: str, arguments: argparse.Namespace, device: str, sa
         variant = Variant(label, made[VARIANTS[label][0]], call, cuda)
         if attempt(f"prepare {label}", lambda variant=variant: variant.prepare() or True):
             ready.append(variant)
-    times: dict[str, list[float]] = {v.name: [] for v in ready}
-    for _ in range(arguments.rounds):
-        for variant in ready:
-            times[variant.name].append(variant.milliseconds())
+    times = rounds(ready, arguments.rounds)
     for variant in ready:
         values = sorted(times[variant.name])
         found = {
             "ms": statistics.median(values),
             "ms_low": values[0],
             "ms_high": values[-1],
+            "rounds": len(values),
             "host_ms": statistics.median(variant.host_milliseconds() for _ in range(3)),
             "first_call_s": variant.first_seconds,
             "weight_bytes": model_bytes(variant.model),
@@ -360,18 +369,16 @@ def main() -> None:
         "python": platform.python_version(),
         "unit": "ms, median",
     }
-    for package in ("diffusers", "torchao", "bitsandbytes"):
-        module = attempt(f"import {package}", lambda package=package: __import__(package))
-        setting[package] = getattr(module, "__version__", None)
+    setting |= step_models.versions("diffusers", "torchao", "bitsandbytes")
     print(json.dumps(setting), flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "step.json"
     steps: list[dict] = json.loads(file.read_text())["steps"] if arguments.append and file.exists() else []
 
     def save(result: dict) -> None:
-        noted = result if arguments.note is None else {**result, "note": arguments.note}
+        noted = {**setting, **result, **({"note": arguments.note} if arguments.note else {})}
         steps[:] = [s for s in steps if key_of(s) != key_of(noted)] + [noted]
-        file.write_text(json.dumps({**setting, "steps": steps}, indent=1) + "\n")
+        file.write_text(json.dumps({"steps": steps}, indent=1) + "\n")
 
     for name in arguments.models:
         for size in arguments.sizes:
@@ -379,8 +386,8 @@ def main() -> None:
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
-    plot_times(steps, setting, arguments.out / "step.png")
-    plot_profile(steps, setting, arguments.out / "step-profile.png")
+    plot_times(steps, arguments.out / "step.png")
+    plot_profile(steps, arguments.out / "step-profile.png")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -34,6 +36,21 @@ PIXART_TINY: dict[str, Any] = {
     "attention_head_dim": 64, "num_layers": 3, "cross_attention_dim": 256,
 }  # fmt: skip
 BLOCKS = {"flux": ("transformer_blocks", "single_transformer_blocks"), "pixart": ("transformer_blocks",)}
+
+
+def sqnr(y: Tensor, reference: Tensor) -> float:
+    """Signal-to-noise ratio in dB."""
+    y, reference = y.double(), reference.double()
+    return float(10 * torch.log10(reference.square().sum() / (reference - y).square().sum().clamp(min=1e-30)))
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of each package, None where it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 @torch.no_grad()
@@ -107,13 +124,14 @@ def dirotq(model: nn.Module, config: DiRotQConfig) -> nn.Module:
     memo = SiteMemo()
     for plan in plan_sites(model, config):
         weights = [linear_at(model, n).weight for n in plan.linears]
-        with swapped(model, solved_modules(model, plan, _random_site(plan, weights), config, memo)):
+        with swapped(model, solved_modules(model, plan, random_site(plan, weights), config, memo)):
             pass
     attach_quantizer(model, config, torch.bfloat16)
     return model.eval()
 
 
-def _random_site(plan: SitePlan, weights: list[Tensor]) -> SolvedSite:
+def random_site(plan: SitePlan, weights: list[Tensor]) -> SolvedSite:
+    """What a solver would make of the site's weights [N, K], with a random subspace and weights rounded to nearest."""
     device, k, r = weights[0].device, plan.in_features, plan.rank
     site: dict[str, Tensor] = {}
     for name, (shape, dtype) in plan.site_spec().items():
@@ -202,19 +220,24 @@ def torchao_int8(model: nn.Module, chosen: set[str]) -> nn.Module:
 
 def bnb_nf4(model: nn.Module, chosen: set[str]) -> nn.Module:
     """All linears of the blocks, modulation included, as `BitsAndBytesConfig(load_in_4bit=True)` has it."""
-    import bitsandbytes as bnb
-
     inside = {n for stacks in BLOCKS.values() for n in stacks}
     for name, old in list(model.named_modules()):
         if isinstance(old, nn.Linear) and name.split(".")[0] in inside:
-            new = bnb.nn.Linear4bit(
-                old.in_features, old.out_features, old.bias is not None, torch.bfloat16, quant_type="nf4", device="meta"
-            )
-            weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
-            new.weight = weight._quantize(old.weight.device)
-            new.bias = old.bias
-            model.set_submodule(name, new)
+            model.set_submodule(name, nf4_linear(old))
     return model
+
+
+def nf4_linear(old: nn.Linear) -> nn.Module:
+    """bitsandbytes' linear with the weight of `old` in NF4."""
+    import bitsandbytes as bnb
+
+    new = bnb.nn.Linear4bit(
+        old.in_features, old.out_features, old.bias is not None, torch.bfloat16, quant_type="nf4", device="meta"
+    )
+    weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
+    new.weight = weight._quantize(old.weight.device)
+    new.bias = old.bias
+    return new
 
 
 PEERS: dict[str, Callable[[nn.Module, set[str]], nn.Module]] = {

@@ -74,37 +74,49 @@ def panels(count: int, width: float, height: float, **shared: bool):
     return figure, axes.flat[:count]
 
 
-def _axes(steps: list[dict[str, Any]], setting: dict[str, Any]):
+def _axes(steps: list[dict[str, Any]]):
     figure, axes = panels(len(steps), 6.5, 5)
-    figure.suptitle(f"One denoising step, random weights: {setting['gpu']}, torch {setting['torch']}")
+    figure.suptitle(f"One denoising step, random weights: {steps[0]['gpu']}, torch {steps[0]['torch']}")
     return figure, axes
 
 
-def plot_times(steps: list[dict[str, Any]], setting: dict[str, Any], file: Path) -> None:
+def _cut(axis: Any, values: list[float]) -> float:
+    """Where the axis of these bars ends: a bar more than twice as long as the next is cut, and its length written."""
+    longest, second = sorted([0.0, 0.0, *values], reverse=True)[:2]
+    end = 1.3 * second if longest > 2 * second > 0 else 1.2 * longest
+    for at, value in enumerate(values):
+        if value > end:
+            axis.text(end, at, f"{value:.0f} ms → ", va="center", ha="right", fontsize=8)
+    axis.set_xlim(0, end)
+    return end
+
+
+def plot_times(steps: list[dict[str, Any]], file: Path) -> None:
     """Milliseconds per variant, one panel per step."""
     if not steps:
         return
-    figure, axes = _axes(steps, setting)
+    figure, axes = _axes(steps)
     for axis, step in zip(axes, steps, strict=True):
         names = list(step["variants"])
         values = [step["variants"][name]["ms"] for name in names]
         colors = ["tab:blue" if name.startswith("ours") else "lightgrey" for name in names]
         axis.barh(names, values, color=colors)
+        end = _cut(axis, values)
         for at, value in enumerate(values):
-            axis.text(value, at, f" {value:.0f} ms", va="center", fontsize=8)
+            if value < end:
+                axis.text(value, at, f" {value:.0f} ms", va="center", fontsize=8)
         axis.invert_yaxis()
         axis.set(title=_title(step), xlabel="ms")
-        axis.margins(x=0.15)
     figure.tight_layout(rect=(0, 0, 1, 0.98))  # below the title of all
     figure.savefig(file, dpi=120)
 
 
-def plot_profile(steps: list[dict[str, Any]], setting: dict[str, Any], file: Path) -> None:
+def plot_profile(steps: list[dict[str, Any]], file: Path) -> None:
     """Stacked milliseconds of GPU kernels by kind, one panel per step."""
     steps = [s for s in steps if any(row.get("buckets_ms") for row in s["variants"].values())]
     if not steps:
         return
-    figure, axes = _axes(steps, setting)
+    figure, axes = _axes(steps)
     for axis, step in zip(axes, steps, strict=True):
         rows = {name: row["buckets_ms"] for name, row in step["variants"].items() if row.get("buckets_ms")}
         left = dict.fromkeys(rows, 0.0)
@@ -113,6 +125,7 @@ def plot_profile(steps: list[dict[str, Any]], setting: dict[str, Any], file: Pat
             if any(widths):
                 axis.barh(list(rows), widths, left=list(left.values()), label=kind, color=f"C{number}")
             left = {name: left[name] + width for name, width in zip(rows, widths, strict=True)}
+        _cut(axis, list(left.values()))
         axis.invert_yaxis()
         axis.set(title=_title(step), xlabel="ms of GPU kernels")
     labels = {name: bar for axis in axes for bar, name in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -29,6 +29,24 @@ def test_a_failure_is_named(step, capsys):
     assert step.attempt("peer", lambda: 3) == 3
 
 
+def test_an_interrupt_ends_the_rounds(step, capsys):
+    class Timed:
+        def __init__(self, name, interrupted_at):
+            self.name, self.calls, self.at = name, 0, interrupted_at
+
+        def milliseconds(self):
+            self.calls += 1
+            if self.calls == self.at:
+                raise KeyboardInterrupt
+            return self.calls
+
+    assert step.rounds([Timed("a", 0), Timed("b", 0)], 2) == {"a": [1, 2], "b": [1, 2]}
+    assert step.rounds([Timed("a", 0), Timed("b", 3)], 5) == {"a": [1, 2], "b": [1, 2]}
+    assert "interrupted: 2 of 5 rounds" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):  # nothing has been timed
+        step.rounds([Timed("a", 1)], 5)
+
+
 @pytest.mark.thorough
 @torch._inductor.config.patch(compile_threads=2)
 def test_compiler_helpers_work_after_a_signal_that_ended_them(step, capsys):
