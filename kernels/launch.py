@@ -5,6 +5,8 @@
 it directly, where it can without Triton's own Python (`triton_launcher`).
 """
 
+import logging
+import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -19,6 +21,9 @@ from .triton_launcher import direct, hooked
 # A product and a sum are rounded apart, as in the reference: no fused multiply-add.
 OPTIONS = {"enable_fp_fusion": False}
 _NOTHING = nullcontext()
+_LONG = 1.0  # seconds, which nothing but a compiler takes
+
+_log = logging.getLogger(__name__)
 
 # What calls a variant directly, in Triton's way, and the kernel: its id must stay its own.
 _variants: dict[tuple, tuple[Any, Any, Any]] = {}
@@ -80,6 +85,16 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device_of(tensor)
 
 
+@cache
+def _say_compiling() -> None:
+    """Once, after the first of some twenty: else nobody knows what the first step waits for."""
+    _log.warning(
+        "dirotq: Triton is compiling kernels for this GPU; the first step takes up to a minute or two, later ones and "
+        "later processes use what it keeps in its cache (%s)",
+        triton.knobs.cache.dir if hasattr(triton, "knobs") else "~/.triton/cache",
+    )
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants, **OPTIONS)` on the current device, that of the tensors.
 
@@ -115,7 +130,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         note(variant if directly else None, grid, args)
         return
     note(None, grid, args)
+    start = time.perf_counter()
     compiled = kernel[grid](*args, **constants, **OPTIONS)
+    if compiled is not None and time.perf_counter() - start > _LONG:
+        _say_compiling()
     if len(_variants) >= _MOST_VARIANTS:
         _variants.clear()
     if compiled is not None:  # Triton's interpreter compiles nothing

@@ -214,7 +214,7 @@ def in_a_new_process(case, helpers, folder, code):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_step_of_a_process_is_marked(case, helpers, tmp_path):
+def test_the_first_step_of_a_process_is_marked(flux_case, helpers, tmp_path):
     """Before any block is called, though nothing of CUDA graphs has been imported by then."""
     code = (
         "assert 'torch._inductor.cudagraph_trees' not in sys.modules\n"
@@ -228,7 +228,7 @@ def test_the_first_step_of_a_process_is_marked(case, helpers, tmp_path):
         "    model(**arguments), model(**arguments)\n"
         "assert seen == ['block', *['mark', 'block'] * 2], seen\n"
     )
-    in_a_new_process(case, helpers, tmp_path, code)
+    in_a_new_process(flux_case, helpers, tmp_path, code)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """`launch` calls a compiled variant directly where the arguments ask for one that it has seen, and only there."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -66,6 +68,20 @@ def test_grid_and_data_do_not():
     for grid, tensor in (((1,), BASE), ((2, 5), torch.ones(16, dtype=torch.bfloat16))):
         launch(kernel, grid, tensor, BASE, 7, WIDTH=64, FLAG=True)
     assert [(how, grid) for how, grid, _ in kernel.log] == [("compiled", (1, 1, 1)), ("direct", (2, 5, 1))]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, 0), (3.0, 1)])
+def test_a_long_compilation_is_named_once(seconds, said, monkeypatch, caplog):
+    from dirotq.kernels import launch as module
+
+    module._say_compiling.cache_clear()
+    clock = iter(i * seconds for i in range(100))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    kernel = Kernel()
+    for width in (64, 64, 128):
+        launch(kernel, (1,), BASE, BASE, 7, WIDTH=width, FLAG=True)
+    messages = [record.message for record in caplog.records if "compiling kernels" in record.message]
+    assert len(messages) == said and all("cache" in message for message in messages)
 
 
 def test_cdiv():
