@@ -91,7 +91,7 @@ def _say_compiling() -> None:
     _log.warning(
         "dirotq: Triton is compiling kernels for this GPU; the first step takes up to a minute or two, later ones and "
         "later processes use what it keeps in its cache (%s)",
-        triton.knobs.cache.dir if hasattr(triton, "knobs") else "~/.triton/cache",
+        triton.knobs.cache.dir,
     )
 
 
