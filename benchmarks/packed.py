@@ -22,7 +22,7 @@ from dirotq import kernels
 from dirotq.kernels import hopper_costs, hopper_packed, replay
 
 SHAPES = {**dict.fromkeys(FLUX, (16, 77, 512, 1024, 1536, 4096, 4608, 16384)),
-          **dict.fromkeys([*PIXART, (1152, 3456)], (16, 600, 4096, 8192))}  # fmt: skip
+          **dict.fromkeys(PIXART, (16, 600, 4096, 8192))}  # fmt: skip
 SIBLINGS = {(3072, (3072, 3072, 3072, 12288)): (512, 4096, 4608), (3072, (3072, 3072, 3072)): (512, 4096, 4608),
             (1152, (1152, 1152, 1152)): (512, 4096, 4608)}  # fmt: skip
 

@@ -184,7 +184,7 @@ def dequantized(model: nn.Module, quantized: nn.Module) -> nn.Module:
 
 
 # What torchao sets for the whole process when it quantizes (tuned elementwise kernels, minutes to compile, not ten
-# seconds): for its fp8 model only, here.
+# seconds): for its models only, here.
 TORCHAO_INDUCTOR = {
     "coordinate_descent_tuning": True,
     "coordinate_descent_check_all_directions": True,
@@ -195,13 +195,13 @@ TORCHAO_INDUCTOR = {
 
 def inductor(name: str) -> Any:
     """The compiler's settings that the model `name` is compiled with, as a context."""
-    return torch._inductor.config.patch(TORCHAO_INDUCTOR if name == "torchao-fp8" else {})
+    return torch._inductor.config.patch(TORCHAO_INDUCTOR if name.startswith("torchao") else {})
 
 
 def _torchao(model: nn.Module, config: Any, chosen: set[str]) -> nn.Module:
     from torchao.quantization import quantize_
 
-    with inductor("torchao-fp8"):  # and restored after it
+    with inductor("torchao"):  # and restored after it
         quantize_(model, config, filter_fn=lambda module, name: name in chosen)
     return model
 

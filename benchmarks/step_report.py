@@ -76,7 +76,8 @@ def panels(count: int, width: float, height: float, **shared: bool):
 
 def _axes(steps: list[dict[str, Any]]):
     figure, axes = panels(len(steps), 6.5, 5)
-    figure.suptitle(f"One denoising step, random weights: {steps[0]['gpu']}, torch {steps[0]['torch']}")
+    settings = dict.fromkeys(f"{step['gpu']}, torch {step['torch']}" for step in steps)
+    figure.suptitle(f"One denoising step, random weights: {'; '.join(settings)}")
     return figure, axes
 
 

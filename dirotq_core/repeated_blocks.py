@@ -39,7 +39,8 @@ def forget_repeated_blocks(model: Any) -> None:
 def _begin_step(model: nn.Module, args: Any) -> None:
     """Where blocks were compiled one by one, the step before is over.
 
-    Also where no CUDA graph has been made yet: the very first step makes them, and has to be a step already.
+    Also where no CUDA graph has been made yet: the very first step makes them, and has to be a step already. That
+    imports PyTorch's part for them, whatever the mode; which one it is cannot be read off a compiled block.
     """
     if torch.compiler.is_compiling():
         return

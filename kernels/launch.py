@@ -21,7 +21,7 @@ from .triton_launcher import direct, hooked
 # A product and a sum are rounded apart, as in the reference: no fused multiply-add.
 OPTIONS = {"enable_fp_fusion": False}
 _NOTHING = nullcontext()
-_LONG = 1.0  # seconds, which nothing but a compiler takes
+_LONG = 1.0  # seconds, which hardly anything but a compiler takes
 
 _log = logging.getLogger(__name__)
 
