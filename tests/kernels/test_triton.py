@@ -207,7 +207,10 @@ def hopper_case(m, k, n, rank):
 @pytest.mark.gpu
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("rank", [0, 64, 128])
-@pytest.mark.parametrize(("m", "k", "n"), [(65, 64, 8), (200, 1152, 1152), (512, 3072, 21504), (4608, 15360, 3072)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(65, 64, 8), (200, 1152, 1152), (512, 3072, 9216), (512, 3072, 21504), (4608, 15360, 3072)],
+)
 def test_strategies_agree(m, k, n, rank, gelu, monkeypatch):
     from dirotq.kernels import hopper_packed, triton_linear
 
