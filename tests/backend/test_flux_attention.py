@@ -17,9 +17,8 @@ from dirotq.dirotq_core.fused_layers import use_plain_layers
 from dirotq.dirotq_core.processors import use_plain_attention
 
 from .. import processes
+from ..marks import ON_GPU
 from .versions import groups_on_cpu
-
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def test_a_function_put_in_place_before_the_import_is_seen():
     assert done.stdout.split() == ["False", "True"]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("text", [19, 0])
 def test_heads_of_128_columns_as_diffusers_has_them(device, text, helpers):
     """There, queries hold the factor that makes weights powers of two."""

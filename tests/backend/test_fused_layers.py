@@ -19,6 +19,8 @@ from dirotq.dirotq_core.fused_layers import use_fused_layers, use_plain_layers
 from dirotq.dirotq_core.processors import use_plain_attention
 from dirotq.kernels import ops
 
+from ..marks import thorough
+
 FLUX = {GELU, AdaLayerNormZero, FluxTransformerBlock, FluxSingleTransformerBlock}
 PIXART = {GELU, BasicTransformerBlock}
 PLAIN = FLUX | PIXART
@@ -317,9 +319,9 @@ class Louder(Counting):
     ("of", "name"),
     [
         ("pixart", "transformer_blocks.0.ff"),
-        pytest.param("flux", "single_transformer_blocks.0.attn", marks=pytest.mark.thorough),
-        pytest.param("flux", "transformer_blocks.0.norm2", marks=pytest.mark.thorough),
-        pytest.param("pixart", "transformer_blocks.0.attn1", marks=pytest.mark.thorough),
+        thorough("flux", "single_transformer_blocks.0.attn"),
+        thorough("flux", "transformer_blocks.0.norm2"),
+        thorough("pixart", "transformer_blocks.0.attn1"),
     ],
 )
 def test_a_hook_set_after_compiling_runs(flux_case, pixart_case, helpers, of, name):

@@ -16,6 +16,7 @@ from dirotq.dirotq_core.backend import attach_quantizer
 from dirotq.dirotq_core.build import replace_linears
 from dirotq.dirotq_core.layout import plan_sites
 
+from ..marks import thorough
 from .tensors import relative, same, state_of
 from .versions import groups_on_cpu
 
@@ -173,8 +174,7 @@ def run(model, helpers, channels=16):
     ("block", "form"),
     [
         ("double", "fal"), ("double", "xlabs"), ("single", "kohya"),
-        *(pytest.param(*form, marks=pytest.mark.thorough)
-          for form in (("double", "kohya"), ("double", "bfl"), ("single", "bfl"))),
+        *(thorough(*form) for form in (("double", "kohya"), ("double", "bfl"), ("single", "bfl"))),
     ],
 )  # fmt: skip
 def test_the_effect_of_fused_layers(request, helpers, block, form):

@@ -15,6 +15,7 @@ from diffusers.hooks import apply_group_offloading
 import dirotq
 from dirotq.dirotq_core.build import quantized_linears
 
+from ..marks import thorough
 from .versions import all_on_disk, groups_on_cpu, knows_files
 
 CPU = torch.device("cpu")
@@ -109,8 +110,7 @@ def gradient(module, x):
     ("method", "bits"),
     [
         (None, 4), ("orbitquant", 3), ("lrq", 4), ("robuq", 2), ("nvfp4", 4),
-        *(pytest.param(*kind, marks=pytest.mark.thorough)
-          for kind in ((None, 8), (None, 16), ("orbitquant", 4), ("nf4", 16), ("rtn", 4))),
+        *(thorough(*kind) for kind in ((None, 8), (None, 16), ("orbitquant", 4), ("nf4", 16), ("rtn", 4))),
     ],
 )  # fmt: skip
 def test_gradients_of_linears_in_groups(flux_case, tmp_path, method, bits):

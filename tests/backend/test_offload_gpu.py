@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 import dirotq
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+from ..marks import ON_GPU
+
+pytestmark = ON_GPU
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 STREAMS = {
     "blocking": {},

@@ -37,6 +37,8 @@ import dirotq
 from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.demo.embedded import MODELS, load_pipeline
 
+from ..marks import thorough
+
 SIDE = 64
 CAPTION = "a large red square above a small yellow triangle on orange"
 
@@ -322,7 +324,7 @@ def swapped(model, helpers, how):
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("how", ["compile", pytest.param("compile_repeated_blocks", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("how", ["compile", thorough("compile_repeated_blocks")])
 def test_hot_swapping_into_a_compiled_model(flux_case, helpers, how):
     """No recompilation for a LoRA of another rank and other values."""
     try:

@@ -15,6 +15,7 @@ from dirotq.dirotq_core.build import quantized_linears
 from dirotq.dirotq_core.fused_layers import use_plain_layers
 
 from .. import processes
+from ..marks import on_gpu, thorough
 
 
 def test_import_is_light():
@@ -129,7 +130,7 @@ PIXART = {
     ("cls", "shape", "sites_and_products"),
     [
         (FluxTransformer2DModel, FLUX, {(8, 8), (2, 2)}),  # double blocks, single blocks
-        pytest.param(PixArtTransformer2DModel, PIXART, {(6, 6)}, marks=pytest.mark.thorough),
+        thorough(PixArtTransformer2DModel, PIXART, {(6, 6)}),
     ],
 )
 def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, tmp_path):
@@ -152,8 +153,7 @@ def test_blocks_share_compiled_graphs(cls, shape, sites_and_products, helpers, t
     assert cls is FluxTransformer2DModel or not getattr(cls, "_repeated_blocks", None)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@on_gpu
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["manual", "reduce-overhead"])
 def test_cuda_graphs(case, helpers, options):
     model = case.load().to("cuda")
@@ -175,8 +175,7 @@ def test_cuda_graphs(case, helpers, options):
             assert torch.equal(output, model(**arguments)[0]) and not torch.equal(output, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@on_gpu
 def test_blocks_in_cuda_graphs(case, helpers):
     """As people run it: nothing says where a step begins, and guidance keeps one output while it makes the next."""
     model = case.load().to("cuda")
@@ -231,8 +230,7 @@ def test_the_first_step_of_a_process_is_marked(flux_case, helpers, tmp_path):
     in_a_new_process(flux_case, helpers, tmp_path, code)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@on_gpu
 def test_blocks_in_cuda_graphs_of_a_new_process(case, helpers, tmp_path):
     code = (
         "dirotq.set_activation_bits(model, 16)\n"
@@ -246,8 +244,7 @@ def test_blocks_in_cuda_graphs_of_a_new_process(case, helpers, tmp_path):
     in_a_new_process(case, helpers, tmp_path, code)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@on_gpu
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cls", [FluxTransformer2DModel, PixArtTransformer2DModel])
 def test_real_widths_and_thousands_of_tokens(cls, bits, helpers, tmp_path):

@@ -9,7 +9,9 @@ import torch
 
 import dirotq
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+from ..marks import ON_GPU
+
+pytestmark = ON_GPU
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 TARGETS = ["to_q", "to_v", "ff.net.0.proj", "proj_mlp"]
 LEVELS = {"leaf_level": {}, "block_level": {"num_blocks_per_group": 1}}

@@ -1,18 +1,11 @@
 """`benchmarks/first_call.py` times the first calls of a small model in a process with caches of its own."""
 
-import importlib
-from pathlib import Path
-
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.thorough
-def test_the_first_calls_of_a_process(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    first_call = importlib.import_module("first_call")
-    found = first_call.measure("pixart", "eager", True, tmp_path)
+def test_the_first_calls_of_a_process(script, tmp_path):
+    found = script("first_call").measure("pixart", "eager", True, tmp_path)
     assert found["setting"].keys() == {"gpu", "torch", "triton", "python"}
     times = found["times"]
     assert 0 < times["then_s"] < times["ready_s"] and 0 < times["first_s"] < times["ready_s"]

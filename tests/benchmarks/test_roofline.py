@@ -1,19 +1,16 @@
 """`benchmarks/roofline.py` scales each kind of work by the peak that bounds it."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from .conftest import BENCHMARKS
 
 
 @pytest.fixture
-def roofline(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("roofline")
+def roofline(script):
+    return script("roofline")
 
 
 def test_each_kind_has_its_peak(roofline):

@@ -1,13 +1,10 @@
 """`benchmarks/methods.py` finishes its table whatever a row does, and goes on where it was killed."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 #: What the stand-in measures: labels of two methods, one of which may fail.
 METHODS = {"good W4A4": {"method": "rtn"}, "bad W4A4": {"method": "nf4"}, "late W4A4": {"method": "hadamard"}}
 
@@ -40,12 +37,9 @@ class Bench:
 
 
 @pytest.fixture
-def methods(monkeypatch):
+def methods(script, monkeypatch):
     """run(out, *arguments) → the exit code of `methods.py` with `Bench` and `METHODS`."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("rows", "embedded", "methods"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module("methods")
+    module = script("methods")
     monkeypatch.setattr(module, "ROWS", METHODS)
     monkeypatch.setattr(sys.modules["embedded"], "Bench", Bench)
     monkeypatch.setattr(Bench, "made", [])
@@ -59,9 +53,7 @@ def methods(monkeypatch):
             module.main()
         return end.value.code
 
-    yield run
-    for name in ("rows", "embedded", "methods"):
-        sys.modules.pop(name, None)
+    return run
 
 
 def labels(model):

@@ -1,23 +1,15 @@
 """`benchmarks/step.py` goes on when what it prepares fails or is interrupted."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch._inductor.config
 
 pytest.importorskip("matplotlib")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def step(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("step", "step_models", "step_report"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("step")
+def step(script):
+    return script("step")
 
 
 def test_a_failure_is_named(step, capsys):

@@ -15,6 +15,7 @@ from dirotq.dirotq_core.linear import DiRotQLinear
 from dirotq.dirotq_core.transforms import SiteStatistics
 
 from ..backend.versions import groups_on_cpu
+from ..marks import thorough
 
 WIDTH = 256
 CPU = torch.device("cpu")
@@ -158,8 +159,7 @@ def test_sequential_offload_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(
     ("outliers", "warm"),
     [
-        (False, False), (True, True),
-        *(pytest.param(*kind, marks=pytest.mark.thorough) for kind in ((False, True), (True, False))),
+        (False, False), (True, True), thorough(False, True), thorough(True, False),
     ],
 )  # fmt: skip
 def test_one_graph(outliers, warm, made):

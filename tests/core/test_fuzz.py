@@ -16,6 +16,7 @@ from dirotq.dirotq_core.inspect import skeleton
 from dirotq.dirotq_core.single_file import read_native
 
 from .. import processes
+from ..marks import thorough
 from . import fuzz, fuzz_verdicts
 
 
@@ -24,7 +25,7 @@ def fuzzer(tmp_path_factory):
     return fuzz.Fuzzer(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.thorough) for part in (1, 2, 3))])
+@pytest.mark.parametrize("part", [0, *(thorough(part) for part in (1, 2, 3))])
 def test_every_case_is_refused_or_the_same(fuzzer, part):
     found = [(n, *fuzzer.run(n)) for n in range(part, 1600, 4)]
     assert [f for f in found if f[2] not in ("refused", "same")] == []

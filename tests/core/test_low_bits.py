@@ -14,6 +14,8 @@ from dirotq.dirotq_core.inspect import inspect_checkpoint
 from dirotq.dirotq_core.methods import METHODS as ROWS
 from dirotq.dirotq_core.single_file import convert
 
+from ..marks import thorough
+
 METHODS = {
     "orbitquant": 4,
     "orbitquant_w3": 3,
@@ -31,7 +33,7 @@ def decibels(y, reference):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("family", ["flux", pytest.param("pixart", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("family", ["flux", thorough("pixart")])
 def test_round_trips_are_exact(quantized, run, reload, tmp_path, family, method):
     activation = 4 if ROWS[method].activations else 16
     model, plans = quantized(family, method=method, activation_bits=activation)
@@ -153,8 +155,7 @@ def test_the_slower_path_says_so_once(caplog):
     ("method", "activation"),
     [
         ("orbitquant_w2", 6), ("lrq", 4), ("nvfp4", 4),
-        *(pytest.param(*kind, marks=pytest.mark.thorough)
-          for kind in (("orbitquant", 4), ("orbitquant_w3", 3), ("nf4", 16))),
+        *(thorough(*kind) for kind in (("orbitquant", 4), ("orbitquant_w3", 3), ("nf4", 16))),
     ],
 )  # fmt: skip
 def test_one_graph_in_every_dtype(quantized, method, activation, dtype):

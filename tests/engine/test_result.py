@@ -16,6 +16,7 @@ from dirotq.dirotq_core.inspect import inspect_checkpoint
 from dirotq.dirotq_core.report import QuantizationReport
 from dirotq.dirotq_core.single_file import convert
 
+from ..marks import thorough
 from .conftest import CAPTIONS, tree
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -25,8 +26,8 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
     ("short", "calibrated"),
     [
         ("pixart-sigma-tiny", True), ("flux-tiny", False),
-        pytest.param("flux-tiny", True, marks=pytest.mark.thorough),
-        pytest.param("pixart-sigma-tiny", False, marks=pytest.mark.thorough),
+        thorough("flux-tiny", True),
+        thorough("pixart-sigma-tiny", False),
     ],
     indirect=["short"],
 )  # fmt: skip

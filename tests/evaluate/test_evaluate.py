@@ -24,6 +24,7 @@ from dirotq.dirotq_core.layout import plan_sites
 from dirotq.dirotq_core.metrics import psnr
 
 from .. import processes
+from ..marks import thorough
 
 COMMAND = "import sys; from dirotq.dirotq_core.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -32,7 +33,7 @@ def pixels(folder, prompts):
     return [np.asarray(Image.open(folder / f"{p.id}.png")) for p in prompts]
 
 
-@pytest.mark.parametrize("models", ["pixart", pytest.param("flux", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("models", ["pixart", thorough("flux")])
 def test_two_checkpoints_against_one_reference(request, models, four, tmp_path):
     models = request.getfixturevalue(models)
     result = evaluate(models.sources, models.reference, four, tmp_path, models.options(control=True))

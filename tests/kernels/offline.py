@@ -43,11 +43,6 @@ FLOAT_MATRIX = {
 }
 
 
-def thorough(*values):
-    """Parameters of a test that compiles one more variant of a kernel."""
-    return pytest.param(*values, marks=pytest.mark.thorough)
-
-
 def overlaps(chip):
     """Whether kernels start there while the one before them ends."""
     return chip == "sm_90" and NEW

@@ -24,7 +24,8 @@ from dirotq.kernels import (  # noqa: E402
     triton_w4a16,
 )
 
-from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, loop, overlaps, thorough  # noqa: E402
+from ..marks import thorough  # noqa: E402
+from .offline import FLOAT_MATRIX, NEW, TARGETS, check, compile_for, loop, overlaps  # noqa: E402
 
 SITE = {"x_ptr": "bf16", "z_ptr": "bf16", "basis_ptr": "bf16", "signs_ptr": "i8"}
 WEIGHTS = {"z_ptr": "bf16", "weight_ptr": "u8", "low_rank_ptr": "bf16", "bias_ptr": "bf16", "out_ptr": "bf16"}

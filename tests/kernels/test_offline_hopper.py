@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .offline import KIB, TARGETS, check, compile_for, compile_gluon, descriptor, loop, needs_gluon, thorough
+from ..marks import thorough
+from .offline import KIB, TARGETS, check, compile_for, compile_gluon, descriptor, loop, needs_gluon
 
 ENDS = {"plain": {}, "gelu": {"GELU": 1}, "added": {"ADD": True}, "gated": {"ADD": True, "GATED": True}}
 

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
+from ..marks import thorough
 from . import cases
-from .offline import compile_gluon, needs_gluon, thorough
+from .offline import compile_gluon, needs_gluon
 from .test_offline_hopper import ONE_OR_TWO_PARTS, site_types
 
 pytest.importorskip("triton")

@@ -16,6 +16,7 @@ from dirotq.dirotq_core import backend
 from dirotq.dirotq_core.build import quantized_linears
 
 from .. import processes
+from ..marks import thorough
 
 
 def test_every_planned_linear_is_reported(embedded):
@@ -117,10 +118,7 @@ def test_too_few_tokens_are_remarked(pixart):
     assert any("calibration tokens for" in note for note in report.notes())
 
 
-THOROUGH = [pytest.param(method, marks=pytest.mark.thorough) for method in ("rtn", "hadamard")]
-
-
-@pytest.mark.parametrize("method", ["paper", "svdquant", *THOROUGH])
+@pytest.mark.parametrize("method", ["paper", "svdquant", thorough("rtn"), thorough("hadamard")])
 def test_every_method_round_trips(pixart, method, tmp_path):
     pipeline = pixart.load()
     report = dirotq.quantize(
