@@ -9,13 +9,12 @@ Writes benchmarks/results/attention.json.
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+import step_models
 import torch
-import triton
 from linear import RESULTS, median_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -102,8 +101,7 @@ def main() -> None:
         times = "  ".join(f"{name} {1e3 * ms[name]:.1f} us (x{ms[name] / ms['dirotq']:.2f})" for name in ms)
         print(f"{batch} x {queries} x {keys} x {d}: {times}  errors {found['error']}", flush=True)
     setting = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "heads by columns": HEADS,
+        **step_models.setting(), "heads by columns": HEADS,
         "unit": "ms, median; error: largest, against float64",
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)

@@ -11,7 +11,6 @@ benchmarks/results/first_call.json.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,6 @@ def child(name: str, kind: str, tiny: bool) -> None:
     """Print the seconds of the first calls, and what they ran on, as JSON."""
     import step_models
     import torch
-    import triton
 
     from dirotq.dirotq_core.config import DiRotQConfig
 
@@ -48,14 +46,8 @@ def child(name: str, kind: str, tiny: bool) -> None:
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    setting = {
-        "gpu": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
     times = {"first_s": seconds[0], "ready_s": sum(seconds[:CALLS]), "then_s": seconds[CALLS]}
-    print(json.dumps({"setting": setting, "times": times}))
+    print(json.dumps({"setting": step_models.setting(), "times": times}))
 
 
 def measure(name: str, kind: str, tiny: bool, caches: Path) -> dict:

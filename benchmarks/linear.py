@@ -16,7 +16,6 @@ then. Results go to benchmarks/results/linear.json and linear.png.
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -168,9 +167,8 @@ def measure(m: int, k: int, n: int, modes: list[str]) -> dict[str, dict[str, flo
     except (RuntimeError, ValueError) as error:  # a GPU or shape that torch's fp8 product does not know
         print(f"torch fp8 is left out: {str(error).splitlines()[0]}")
     for name in linear_peers.PEERS if m in PEER_TOKENS else ():
-        run = (lambda c, name=name: c.peer(name)), sets
         if attempt_peer(name, copies):
-            runs[name] = run
+            runs[name] = (lambda c, name=name: c.peer(name)), sets
     for mode in modes:
         runs[f"ours {mode}"] = (lambda c, mode=mode: c.ours(mode)), sets
         runs[f"rotate_quantize {mode}"] = (lambda c, mode=mode: c.rotate_quantize(mode)), sets
@@ -210,18 +208,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in FLUX + PIXART], metavar="KxN")
     parser.add_argument("--modes", nargs="+", default=["int4", "codebook", "int8"])
     arguments = parser.parse_args()
-    import triton
-
     torch._dynamo.config.recompile_limit = 4 * len(PEER_TOKENS) * len(arguments.shapes)
-    setting = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "rank": RANK,
-        "unit": "ms, median",
-    }
-    setting |= step_models.versions("torchao", "bitsandbytes")
+    setting = {**step_models.setting("torchao", "bitsandbytes"), "rank": RANK, "unit": "ms, median"}
     print(json.dumps(setting))
     rows = []
     for shape in arguments.shapes:

@@ -22,12 +22,9 @@ def _held(weight: Tensor, bias: Tensor) -> nn.Module:
     return nn.ModuleDict({"linear": linear})
 
 
+@torch.compile(fullgraph=True, dynamic=False)  # one fixed size at a time, as in `step.py`
 def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
-
-
-# One fixed size at a time, as in `step.py`.
-_compiled_linear = torch.compile(_compiled_linear, fullgraph=True, dynamic=False)
 
 
 def _torchao(quantize: Callable[[nn.Module, set[str]], nn.Module]) -> Callable[[Tensor, Tensor], Run]:

@@ -6,11 +6,10 @@ benchmarks/results/modulation.json.
 
 import argparse
 import json
-import platform
 
+import step_models
 import torch
 import torch.nn.functional as F
-import triton
 from linear import COLD_BYTES, RESULTS, median_ms
 
 from dirotq import kernels
@@ -46,10 +45,7 @@ def main() -> None:
             ms = measure(m, k, n)
             rows.append({"M": m, "K": k, "N": n, "ms": ms})
             print(f"{k} -> {n}  M {m:<3} bf16 {1e3 * ms['bf16']:.1f} us  W4A16 {1e3 * ms['w4a16']:.1f} us", flush=True)
-    setting = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "unit": "ms, median",
-    }  # fmt: skip
+    setting = {**step_models.setting(), "unit": "ms, median"}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "modulation.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
 

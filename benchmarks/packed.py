@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import step_models
 import torch
 from linear import COLD_BYTES, FLUX, PIXART, RESULTS, Linear, median_ms
 from torch import Tensor
@@ -88,8 +89,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES], metavar="KxN")
     arguments = parser.parse_args()
     replay.enable(False)  # what is chosen changes between calls
-    import triton
-
     rows = []
     for k, n in (tuple(map(int, shape.split("x"))) for shape in arguments.shapes):
         for m in arguments.tokens or SHAPES[k, n]:
@@ -97,12 +96,11 @@ def main() -> None:
             us = rows[-1]["us"]
             ratios = "  ".join(f"{name} {time} (x{us['bf16'] / time:.2f})" for name, time in us.items())
             print(f"{k:>6} -> {n:<6} M {m:<6} {ratios}  {rows[-1]['tile']}", flush=True)
-    setting = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     siblings = [measure_siblings(m, k, ns) for (k, ns), tokens in SIBLINGS.items() for m in tokens]
     for row in siblings:
         print(row)
     RESULTS.mkdir(exist_ok=True)
-    results = {**setting, "unit": "µs, median", "rows": rows, "siblings": siblings}
+    results = {**step_models.setting(), "unit": "µs, median", "rows": rows, "siblings": siblings}
     (RESULTS / "packed.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -15,7 +15,6 @@ import argparse
 import copy
 import gc
 import json
-import platform
 import signal
 import statistics
 import subprocess
@@ -356,20 +355,11 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the other steps in step.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    import triton
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.config.recompile_limit = 32
     torch._inductor.config.compile_threads = min(16, torch.get_num_threads() * 2)
-    setting: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "unit": "ms, median",
-    }
-    setting |= step_models.versions("diffusers", "torchao", "bitsandbytes")
+    setting = {**step_models.setting("diffusers", "torchao", "bitsandbytes"), "unit": "ms, median"}
     print(json.dumps(setting), flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "step.json"

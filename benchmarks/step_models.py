@@ -1,6 +1,7 @@
 """The transformers that `step.py` times: at their real shape with random weights, and quantized by several packages."""
 
 import copy
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -44,9 +45,17 @@ def sqnr(y: Tensor, reference: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / (reference - y).square().sum().clamp(min=1e-30)))
 
 
-def versions(*packages: str) -> dict[str, str | None]:
-    """Of each package, None where it is not installed."""
-    found: dict[str, str | None] = dict.fromkeys(packages)
+def setting(*packages: str) -> dict[str, Any]:
+    """What a table was measured with: GPU and versions, those of `packages` None where they are not installed."""
+    import triton
+
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        **dict.fromkeys(packages),
+    }
     for package in packages:
         with suppress(PackageNotFoundError):
             found[package] = version(package)

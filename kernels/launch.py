@@ -132,11 +132,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     note(None, grid, args)
     start = time.perf_counter()
     compiled = kernel[grid](*args, **constants, **OPTIONS)
-    if compiled is not None and time.perf_counter() - start > _LONG:
+    if compiled is None:  # Triton's interpreter compiles nothing
+        return
+    if time.perf_counter() - start > _LONG:
         _say_compiling()
     if len(_variants) >= _MOST_VARIANTS:
         _variants.clear()
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        rest = [constants[name] for name in kernel.arg_names[len(args) :]]
-        variant = direct(compiled, rest) if device >= 0 else None
-        _variants[key] = (compiled, rest, kernel) if variant is None else (variant, None, kernel)
+    rest = [constants[name] for name in kernel.arg_names[len(args) :]]
+    variant = direct(compiled, rest) if device >= 0 else None
+    _variants[key] = (compiled, rest, kernel) if variant is None else (variant, None, kernel)
