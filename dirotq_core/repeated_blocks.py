@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .architectures import recipe_for
+from .first_step import forget_rehearsals, rehearse_blocks
 
 
 def name_repeated_blocks(model: Any) -> None:
@@ -26,17 +27,18 @@ def name_repeated_blocks(model: Any) -> None:
     shared = [type(getattr(model, name)) for name in recipe.shared if getattr(model, name, None) is not None]
     model._repeated_blocks = sorted({cls.__name__ for cls in blocks + shared})
     if _begin_step not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_begin_step)
+        model.register_forward_pre_hook(_begin_step, with_kwargs=True)
 
 
 def forget_repeated_blocks(model: Any) -> None:
     """The model's class names its blocks again, if it does."""
     vars(model).pop("_repeated_blocks", None)
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _begin_step]:
-        del model._forward_pre_hooks[key]
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    forget_rehearsals(model)
 
 
-def _begin_step(model: nn.Module, args: Any) -> None:
+def _begin_step(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Where blocks were compiled one by one, the step before is over.
 
     Also where no CUDA graph has been made yet: the very first step makes them, and has to be a step already. That
@@ -44,6 +46,7 @@ def _begin_step(model: nn.Module, args: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    blocks = (block for stack in recipe_for(model).blocks for block in getattr(model, stack))
+    blocks = [block for stack in recipe_for(model).blocks for block in getattr(model, stack)]
     if any(block._compiled_call_impl is not None for block in blocks):
         torch.compiler.cudagraph_mark_step_begin()
+    rehearse_blocks(model, blocks, args, kwargs)

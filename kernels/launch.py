@@ -5,7 +5,6 @@
 it directly, where it can without Triton's own Python (`triton_launcher`).
 """
 
-import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -15,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import rehearsal
 from .launched import note
 from .triton_launcher import direct, hooked
 
@@ -22,8 +22,6 @@ from .triton_launcher import direct, hooked
 OPTIONS = {"enable_fp_fusion": False}
 _NOTHING = nullcontext()
 _LONG = 1.0  # seconds, which hardly anything but a compiler takes
-
-_log = logging.getLogger(__name__)
 
 # What calls a variant directly, in Triton's way, and the kernel: its id must stay its own.
 _variants: dict[tuple, tuple[Any, Any, Any]] = {}
@@ -85,21 +83,12 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device_of(tensor)
 
 
-@cache
-def _say_compiling() -> None:
-    """Once, after the first of some twenty: else nobody knows what the first step waits for."""
-    _log.warning(
-        "dirotq: Triton is compiling kernels for this GPU; the first step takes up to a minute or two, later ones and "
-        "later processes use what it keeps in its cache (%s)",
-        triton.knobs.cache.dir,
-    )
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants, **OPTIONS)` on the current device, that of the tensors.
 
     args: the run-time arguments, in order: tensors, descriptors of tensors, integers, floats. constants: the
-    compile-time ones, which come after them in the kernel's signature, and launch options.
+    compile-time ones, which come after them in the kernel's signature, and launch options. In a `rehearsal` a variant
+    that is not known yet is compiled only.
     """
     decides: list[Any] = [id(kernel)]
     values: list[Any] = []
@@ -130,12 +119,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         note(variant if directly else None, grid, args)
         return
     note(None, grid, args)
+    rehearsed = rehearsal.current()
+    if rehearsed is not None:
+        rehearsed.compile(kernel, device, grid, args, {**constants, **OPTIONS})
+        return
     start = time.perf_counter()
     compiled = kernel[grid](*args, **constants, **OPTIONS)
     if compiled is None:  # Triton's interpreter compiles nothing
         return
     if time.perf_counter() - start > _LONG:
-        _say_compiling()
+        rehearsal.say_compiling()
     if len(_variants) >= _MOST_VARIANTS:
         _variants.clear()
     rest = [constants[name] for name in kernel.arg_names[len(args) :]]

@@ -10,6 +10,8 @@ import struct
 import torch
 from torch import Tensor
 
+from . import rehearsal
+
 _kept: dict[tuple, Tensor] = {}
 
 
@@ -28,8 +30,10 @@ def table_like(values: tuple[int | float, ...], like: Tensor, dtype: torch.dtype
 
 
 def lasting(like: Tensor) -> bool:
-    """Whether what is made from `like` may be kept: it is data, nothing is traced, no CUDA graph is captured."""
+    """Whether what is made from `like` may be kept: it is data, nothing is traced, rehearsed or captured as a graph."""
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return False
+    if rehearsal.current() is not None:
         return False
     return like.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

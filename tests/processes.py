@@ -14,8 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-#: Where processes cannot fork, each one imports everything.
-FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+import torch
+
+#: Where processes cannot fork, each one imports everything. What the large packages ask CUDA is lost to a fork.
+FORKS = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
 CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 LARGE = ["torch._dynamo", "torch.distributed.run", "accelerate", "peft", "scipy.stats", "transformers.generation.utils"]
 #: Stands before a process's code, which finds its own streams, environment, folder and arguments.

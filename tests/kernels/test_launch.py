@@ -73,8 +73,9 @@ def test_grid_and_data_do_not():
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, 0), (3.0, 1)])
 def test_a_long_compilation_is_named_once(seconds, said, monkeypatch, caplog):
     from dirotq.kernels import launch as module
+    from dirotq.kernels import rehearsal
 
-    module._say_compiling.cache_clear()
+    rehearsal.say_compiling.cache_clear()
     clock = iter(i * seconds for i in range(100))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     kernel = Kernel()

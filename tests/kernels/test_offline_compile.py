@@ -2,6 +2,7 @@
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -289,3 +290,21 @@ def test_norm_modulate_compiles(chip, d, dtype, tmp_path):
     if target.backend == "cuda":  # every access of 16 bytes: rows of the parts, scale, shift; what is written
         accesses = re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"])
         assert accesses and all(".v4.b32" in access for access in accesses)
+
+
+def test_threads_compile_what_one_compiles(monkeypatch, tmp_path):
+    """As in a rehearsal: kernels that share code, and one kernel for several chips, at the same time."""
+    names = ("a8, one token", "quantize int4", "project")
+    wanted = [(name, chip) for name in names for chip in ("sm_86", "sm_90")]
+
+    def compile(what):
+        kernel, pointers, values, _ = KERNELS[what[0]]
+        values = {**values, "ASM": True} if "ASM" in kernel.arg_names else values
+        return compile_for(TARGETS[what[1]][0], kernel, pointers, values).asm["ptx"]
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "threads"))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(compile, wanted))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "one"))
+    assert together == [compile(what) for what in wanted]
+    assert len({*together}) == len(wanted)
