@@ -49,13 +49,18 @@ def skippable(module: nn.Module) -> bool:
     return own is None or getattr(own, "__func__", None) is type(module).forward
 
 
-_CALLED = ("_diffusers_hook", "_hf_hook", "forward", "_compiled_call_impl")
+_CALLED = ("_diffusers_hook", "_hf_hook", "forward")
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a call of `module` is more than its class's `forward`: hooks, even on all modules, or another one."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere) or has_hooks(module) or any(vars(module).get(name) is not None for name in _CALLED)
 
 
 def bare(module: nn.Module) -> bool:
-    """Whether a call of `module` is its class's `forward` and nothing else: no hooks, not even on all modules."""
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return not everywhere and not has_hooks(module) and all(vars(module).get(name) is None for name in _CALLED)
+    """Whether a call of `module` is its class's `forward` and nothing else: no hooks, and not compiled."""
+    return not watched(module) and vars(module).get("_compiled_call_impl") is None
 
 
 def attended(attn: Any, cls: type[nn.Module], processor: type, more: dict[str, Any] | None, **arguments: Any) -> Any:

@@ -34,7 +34,8 @@ def forget_repeated_blocks(model: Any) -> None:
     """The model's class names its blocks again, if it does."""
     vars(model).pop("_repeated_blocks", None)
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _begin_step]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
     forget_rehearsals(model)
 
 

@@ -66,6 +66,12 @@ def obstacle(device: torch.device) -> str | None:
     return _obstacle(device.type, device.index, False)
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether ops on `device` are kernels that Triton compiles: there is a GPU, and nobody asked for anything else."""
+    asked = os.environ.get(ENVIRONMENT) == "reference" or os.environ.get("TRITON_INTERPRET") == "1"
+    return not asked and device.type == "cuda" and obstacle(device) is None
+
+
 @cache
 def _module(name: str) -> Any:
     return import_module(f".{name}", __package__)

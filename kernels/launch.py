@@ -124,7 +124,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         rehearsed.compile(kernel, device, grid, args, {**constants, **OPTIONS})
         return
     start = time.perf_counter()
-    compiled = kernel[grid](*args, **constants, **OPTIONS)
+    with rehearsal.loading:
+        compiled = kernel[grid](*args, **constants, **OPTIONS)
     if compiled is None:  # Triton's interpreter compiles nothing
         return
     if time.perf_counter() - start > _LONG:

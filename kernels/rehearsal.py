@@ -5,10 +5,12 @@ lock of Python's for most of that time. So in a `rehearsal` a launch of what thi
 nothing and leaves the compiling to a pool of threads. What ops return in it holds anything, and must not be kept.
 """
 
+import copy
 import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -21,6 +23,9 @@ from torch import Tensor
 ENVIRONMENT = "DIROTQ_COMPILE_THREADS"
 _LONG = 3.0  # seconds; to load what is in the cache takes one
 _MOST_THREADS = 8  # each holds some 300 MB while it compiles, and a model has as many large kernels
+
+#: Of what makes a compiled kernel ready: another thread could launch one that is so by half.
+loading = threading.RLock()
 
 _log = logging.getLogger(__name__)
 _here = threading.local()
@@ -46,7 +51,7 @@ def say_compiling() -> None:
     import triton
 
     _log.warning(
-        "dirotq: Triton is compiling kernels for this GPU; the first step takes up to a minute, later ones and "
+        "dirotq: Triton is compiling kernels for this GPU; the first step takes up to a minute or two, later ones and "
         "later processes use what it keeps in its cache (%s)",
         triton.knobs.cache.dir,
     )
@@ -67,7 +72,8 @@ class Rehearsal:
         if key not in self.begun:
             # Made once for all variants of a kernel, and not by two threads at a time.
             _ = kernel.cache_key, kernel.device_caches[device]
-            self.begun[key] = self.pool.submit(_compile, kernel, device, grid, args, constants)
+            small = [_small(arg) for arg in args]
+            self.begun[key] = self.pool.submit(_compile, kernel, device, grid, small, constants)
 
 
 def current() -> Rehearsal | None:
@@ -84,16 +90,21 @@ def rehearsal() -> Iterator[None]:
     pool = ThreadPoolExecutor(threads(), "dirotq-compile")
     mine = _here.rehearsal = Rehearsal(pool)
     start = time.perf_counter()
-    try:
+    # Triton before 3.9 changes the process's filters while it compiles, in all threads, and restores them in any order.
+    with warnings.catch_warnings():
         try:
-            yield
-        finally:
-            _here.rehearsal = None
-        if wait(mine.begun.values(), max(0.0, start + _LONG - time.perf_counter())).not_done:
-            say_compiling()
-            wait(mine.begun.values())
-    finally:  # an interrupt does not wait for what has begun
-        pool.shutdown(wait=False, cancel_futures=True)
+            try:
+                yield
+            finally:
+                _here.rehearsal = None
+            if wait(mine.begun.values(), max(0.0, start + _LONG - time.perf_counter())).not_done:
+                say_compiling()
+                wait(mine.begun.values())
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:  # an interrupt does not wait for what has begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _looks(kernel: Any, args: Sequence[Any]) -> list[Any]:
@@ -110,9 +121,22 @@ def _looks(kernel: Any, args: Sequence[Any]) -> list[Any]:
     return looks
 
 
+def _small(arg: Any) -> Any:
+    """An argument that Triton compiles the same for, and whose memory may stay until it has."""
+    if isinstance(arg, Tensor):
+        aligned = torch.empty(32, dtype=arg.dtype, device=arg.device)
+        return aligned if arg.data_ptr() % 16 == 0 else aligned[1:]
+    if getattr(arg, "base", None) is None:
+        return arg
+    descriptor = copy.copy(arg)
+    descriptor.base = _small(arg.base)
+    return descriptor
+
+
 def _compile(
     kernel: Any, device: int, grid: tuple[int, ...], args: Sequence[Any], constants: Mapping[str, Any]
 ) -> None:
     with torch.cuda.device(device) if device >= 0 else nullcontext():  # a thread begins on the first
         compiled = kernel.warmup(*args, grid=grid, **constants)
-        _ = compiled.run  # makes what launches it, and loads it
+        with loading:
+            _ = compiled.run  # makes what launches it, and loads it

@@ -1,13 +1,15 @@
 """The first step calls one block of each kind twice, to compile its kernels together; nothing else of it is seen."""
 
 import contextlib
+import copy
 import os
+import threading
 
 import pytest
 import torch
 
 from dirotq.dirotq_core import first_step, input_site
-from dirotq.kernels import rehearsal
+from dirotq.kernels import backend, rehearsal
 
 from .. import processes
 from ..marks import on_gpu
@@ -17,7 +19,7 @@ class Rehearsals:
     """As if on a GPU: in a rehearsal, what sites compute is nothing but NaN."""
 
     def __init__(self, monkeypatch):
-        self.count, self.under_way, self.error = 0, False, None
+        self.count, self.under_way, self.error, self.spoil = 0, False, None, True
         monkeypatch.setattr(first_step, "_compiles_for", lambda device: True)
         monkeypatch.setattr(first_step, "rehearsal", self.one)
         monkeypatch.setenv(rehearsal.ENVIRONMENT, "2")
@@ -25,20 +27,26 @@ class Rehearsals:
 
         def spoilt(site, x):
             made = compute(site, x)
-            if not self.under_way:
+            if not (self.under_way and self.spoil):
                 return made
             return made._replace(scale=torch.full_like(made.scale, torch.nan)) if made.scale is not None else made
 
         monkeypatch.setattr(input_site.InputSite, "compute", spoilt)
+
+    def of(self, call):
+        """How many there are in a call."""
+        before = self.count
+        call()
+        return self.count - before
 
     @contextlib.contextmanager
     def one(self):
         self.count += 1
         self.under_way = True
         try:
+            yield
             if self.error is not None:
                 raise self.error
-            yield
         finally:
             self.under_way = False
 
@@ -74,14 +82,13 @@ def test_other_shapes_rehearse_again(flux_case, helpers, rehearsals):
     assert rehearsals.count == 4
 
 
-@pytest.mark.parametrize("backend", ["eager"])
-def test_compiled_blocks_rehearse_as_they_are(case, helpers, rehearsals, backend):
+def test_compiled_blocks_rehearse_as_they_are(case, helpers, rehearsals):
     model = case.load()
     expected = helpers.run(model)
     before = rehearsals.count
     torch._dynamo.reset()
     model = case.load()
-    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
     compiled = [block._compiled_call_impl for block in model.modules()]
     for _ in range(2):
         assert torch.equal(helpers.run(model), expected)
@@ -91,52 +98,157 @@ def test_compiled_blocks_rehearse_as_they_are(case, helpers, rehearsals, backend
 
 def test_not_where_somebody_looks(flux_case, helpers, rehearsals):
     model = flux_case.load()
-    calls = []
-    hooked = model.transformer_blocks[0].attn.register_forward_hook(lambda *_: calls.append("double"))
-    whole = model.single_transformer_blocks[0]
-    whole.forward = lambda *args, **kwargs: calls.append("single") or type(whole).forward(whole, *args, **kwargs)
-    helpers.run(model)
-    assert calls == ["double", "single"] and rehearsals.count == 0
-    hooked.remove()
-    del whole.forward
-    model(**helpers.inputs(model))  # records gradients
-    with torch.no_grad(), torch.autograd.profiler.profile(use_cpu=True):
-        model(**helpers.inputs(model))
+    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+
+    def count(call=lambda: helpers.run(model)):
+        first_step.forget_rehearsals(model)
+        return rehearsals.of(call)
+
+    def profiled():
+        with torch.autograd.profiler.profile(use_cpu=True):
+            helpers.run(model)
+
+    assert count() == 2
+    assert count(lambda: model(**helpers.inputs(model))) == 0  # records gradients
+    assert count(profiled) == 0
     model.train()
-    helpers.run(model)
-    assert rehearsals.count == 0
+    assert count() == 0
+    model.eval()
+    for register in (double.attn.register_forward_hook, double.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert count() == 1  # the other kind
+        handle.remove()
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert count() == 0
+    everywhere.remove()
+    single.forward = lambda *args, **kwargs: type(single).forward(single, *args, **kwargs)
+    assert count() == 1
+    del single.forward
+    for name in ("_hf_hook", "_diffusers_hook"):
+        vars(single)[name] = object()
+        first_step.forget_rehearsals(model)
+        assert not first_step._may_rehearse(single, [torch.zeros(1)], {})
+        del vars(single)[name]
+    with torch.no_grad():
+        assert first_step._may_rehearse(single, [torch.zeros(1)], {})
+    with torch.inference_mode():
+        assert count(lambda: model(**helpers.inputs(model))) == 2
 
 
-def test_not_on_the_cpu(flux_case, helpers, monkeypatch):
+def test_not_with_attention_that_may_keep_what_it_sees(flux_case, helpers, rehearsals):
+    model = flux_case.load()
+    attn = model.single_transformer_blocks[0].attn
+    usual, seen = attn.processor, []
+
+    class Counting(type(usual)):
+        def __call__(self, *args, **kwargs):
+            seen.append(self)
+            return super().__call__(*args, **kwargs)
+
+    attn.set_processor(Counting())
+    assert rehearsals.of(lambda: helpers.run(model)) == 1 and len(seen) == 1
+    usual._parallel_config = object()  # over several GPUs, which wait for one another
+    attn.set_processor(usual)
+    assert not first_step._forgetful(attn)
+    usual._parallel_config = None
+    assert first_step._forgetful(attn)
+
+
+def test_not_without_a_gpu(flux_case, helpers, monkeypatch):
     monkeypatch.setenv(rehearsal.ENVIRONMENT, "2")
     monkeypatch.setattr(first_step, "rehearsal", lambda: pytest.fail("rehearsed"))
     helpers.run(flux_case.load())
 
 
-def test_without_memory_there_is_none(flux_case, helpers, rehearsals, caplog):
+def test_where_triton_compiles(monkeypatch):
+    device, state = torch.device("cuda"), {"obstacle": None, "capturing": False}
+    monkeypatch.setattr(backend, "obstacle", lambda device: state["obstacle"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    assert first_step._compiles_for(device) and not first_step._compiles_for(torch.device("cpu"))
+    for name, value in (("obstacle", "Triton is not installed"), ("capturing", True)):
+        monkeypatch.setitem(state, name, value)
+        assert not first_step._compiles_for(device)
+        monkeypatch.setitem(state, name, None)
+    for name, value in ((backend.ENVIRONMENT, "reference"), ("TRITON_INTERPRET", "1")):
+        with monkeypatch.context() as asked:
+            asked.setenv(name, value)
+            assert not first_step._compiles_for(device)
+    assert first_step._compiles_for(device)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("can't start new thread")])
+def test_what_fails_in_one_is_only_said(flux_case, helpers, rehearsals, caplog, error):
     model = flux_case.load()
-    rehearsals.error = torch.OutOfMemoryError("out of memory")
-    output = helpers.run(model)
-    assert sum("one after the other" in record.message for record in caplog.records) == 2
-    assert torch.isfinite(output).all() and torch.equal(output, helpers.run(model))
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setenv(rehearsal.ENVIRONMENT, "1")
+        expected = helpers.run(model)
+    rehearsals.error = error
+    assert rehearsals.of(lambda: torch.testing.assert_close(helpers.run(model), expected, rtol=0, atol=0)) == 2
+    assert sum(str(error) in record.message for record in caplog.records) == 2
 
 
-def test_an_error_is_the_models_own(flux_case, helpers, rehearsals):
+@pytest.mark.parametrize("error", [None, RuntimeError("ends early")])
+def test_nothing_of_it_is_remembered(flux_case, helpers, rehearsals, error):
+    """Not even where a sibling is left out, so that the last site still waits for it."""
     model = flux_case.load()
-    arguments = helpers.inputs(model) | {"joint_attention_kwargs": {"unknown": 1}}
-    rehearsals.error = RuntimeError("no such thing")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="no such thing"):
-        model(**arguments)
-    rehearsals.error = None
-    assert torch.isfinite(helpers.run(model)).all()
+    block = model.single_transformer_blocks[0]
+    site = next(m for m in block.modules() if isinstance(m, input_site.InputSite) and m.users > 1)
+
+    class LeavesOneOut(type(block)):
+        def forward(self, *args, **kwargs):
+            site.memo.entry = (site, None, None, None, 1)
+            if error is not None:
+                raise error
+
+    block.__class__ = LeavesOneOut
+    first_step._rehearse(block, (), {})
+    assert rehearsals.count == 1 and site.memo.entry is None
 
 
-def test_a_dense_model_forgets(flux_case, helpers, rehearsals):
+def test_after_a_step_that_failed(flux_case, helpers, rehearsals):
+    """As people do: out of memory, so they turn offloading on. No block runs behind its hooks."""
+    model = flux_case.load()
+    expected = helpers.run(model)
+    first_step.forget_rehearsals(model)
+    block = model.single_transformer_blocks[0]
+    fail = model.transformer_blocks[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        helpers.run(model)
+    fail.remove()
+    assert block._compiled_call_impl is not None
+    calls = []
+    block.forward = lambda *args, **kwargs: calls.append("hooked") or type(block).forward(block, *args, **kwargs)
+    assert rehearsals.of(lambda: torch.testing.assert_close(helpers.run(model), expected, rtol=0, atol=0)) == 0
+    assert calls == ["hooked"] and block._compiled_call_impl is None
+
+
+def test_threads_share_a_model(flux_case, helpers, rehearsals):
+    model = flux_case.load()
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setenv(rehearsal.ENVIRONMENT, "1")
+        expected = helpers.run(model)
+    rehearsals.spoil = False  # whether one is under way is kept for all threads here
+    outputs = []
+    workers = [threading.Thread(target=lambda: outputs.append(helpers.run(model))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(outputs) == 4 and all(torch.equal(y, expected) for y in outputs)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_copies_begin_anew_and_a_dense_model_forgets(flux_case, helpers, rehearsals):
     model = flux_case.load()
     helpers.run(model)
+    assert rehearsals.of(lambda: helpers.run(copy.deepcopy(model))) == 2
+    with torch.no_grad():
+        first_step.rehearse_blocks(model, list(model.transformer_blocks), (), {})
+    assert model.transformer_blocks[0]._compiled_call_impl is not None
     model.dequantize()
-    assert first_step._SEEN not in vars(model) and not model._forward_pre_hooks
+    assert model not in first_step._seen and not model._forward_pre_hooks
     assert not model._forward_pre_hooks_with_kwargs
+    assert all(module._compiled_call_impl is None for module in model.modules())
 
 
 @on_gpu

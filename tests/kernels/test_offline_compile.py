@@ -308,3 +308,28 @@ def test_threads_compile_what_one_compiles(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "one"))
     assert together == [compile(what) for what in wanted]
     assert len({*together}) == len(wanted)
+
+
+@pytest.mark.skipif(not NEW, reason="older Triton has another way to ask")
+def test_small_tensors_compile_to_the_same():
+    """What a rehearsal gives to the compiler, in the place of the arguments: as Triton looks at it."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from dirotq.kernels import hopper
+    from dirotq.kernels.rehearsal import _small
+
+    @triton.jit
+    def kernel(a_ptr, b_ptr, c_desc, n, scale):
+        pass
+
+    backend = make_backend(TARGETS["sm_90"][0])
+    look = create_function_from_signature(kernel.signature, kernel.params, backend)
+    for dtype in (torch.int8, torch.bfloat16, torch.float32):
+        large = torch.zeros(4096, 256, dtype=dtype)
+        for a in (large, large[0, 1:]):
+            for c in (hopper.descriptor(large, 64, 128), TensorDescriptor.from_tensor(large, [64, 128])):
+                args = (a, large, c, 48, 0.5)
+                assert str(look(*map(_small, args))[1]) == str(look(*args)[1])
+        assert str(look(large, large, c, 48, 0.5)[1]) != str(look(large[0, 1:], large, c, 48, 0.5)[1])

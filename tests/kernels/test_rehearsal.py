@@ -1,6 +1,7 @@
 """Kernels compiled in threads ahead of their launch: each variant once, none launched, nothing lost if one fails."""
 
 import threading
+import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -58,8 +59,9 @@ def test_two_compile_at_a_time_and_nothing_is_launched():
         for kernel in kernels:
             launch(kernel, (3,), BASE, 16, 5, WIDTH=64)
     for kernel in kernels:
-        ((args, grid, thread),) = kernel.compiled
-        assert args == (BASE, 16, 5) and grid == (3, 1, 1) and thread.startswith("dirotq-compile")
+        (((tensor, *args), grid, thread),) = kernel.compiled
+        assert tensor.dtype == BASE.dtype and tensor.data_ptr() != BASE.data_ptr()  # which need not stay
+        assert args == [16, 5] and grid == (3, 1, 1) and thread.startswith("dirotq-compile")
         assert kernel.loaded == 1 and not kernel.launched
         assert list(kernel.device_caches) == [-1]  # made here, not by two threads at a time
 
@@ -120,6 +122,64 @@ def test_it_ends_with_an_error_and_is_one_threads_own():
     assert current() is None
     launch(kernel, (1,), BASE, 16, 5, WIDTH=64)
     assert len(kernel.launched) == 1
+
+
+def test_an_error_waits_for_what_has_begun():
+    """Else kernels would be loaded, and memory be taken, while the call goes on without."""
+    begun, go = threading.Event(), threading.Event()
+
+    def compile():
+        begun.set()
+        go.wait(20)
+
+    kernels = [Kernel(compile) for _ in range(9)]
+    with pytest.raises(MemoryError), rehearsal():
+        for kernel in kernels:
+            launch(kernel, (1,), BASE, 16, 5, WIDTH=64)
+        assert begun.wait(20)
+        threading.Timer(0.2, go.set).start()
+        raise MemoryError
+    compiled = [kernel.loaded for kernel in kernels]
+    threading.Event().wait(0.2)
+    assert 1 <= sum(compiled) < 9 and compiled == [kernel.loaded for kernel in kernels]
+
+
+def test_filters_of_warnings_stay():
+    """Which Triton before 3.9 changes while it compiles, and in threads does not restore."""
+    before = list(warnings.filters)
+    with rehearsal():
+        launch(Kernel(lambda: warnings.simplefilter("ignore")), (1,), BASE, 16, 5, WIDTH=64)
+    assert warnings.filters == before
+
+
+def test_nothing_is_launched_while_it_is_loaded():
+    """By another thread, which has the same kernel from Triton."""
+    order = []
+
+    class Slow(Kernel):
+        @property
+        def run(self):
+            order.append("loading")
+            started.set()
+            threading.Event().wait(0.2)
+            order.append("loaded")
+
+        def __getitem__(self, grid):
+            order.append("launch")
+            return super().__getitem__(grid)
+
+    started, kernel = threading.Event(), Slow()
+
+    def launches():
+        assert started.wait(20)
+        launch(kernel, (1,), BASE, 16, 5, WIDTH=64)
+
+    other = threading.Thread(target=launches)
+    other.start()
+    with rehearsal():
+        launch(kernel, (1,), BASE, 16, 5, WIDTH=64)
+    other.join()
+    assert order == ["loading", "loaded", "launch"]
 
 
 def test_an_interrupt_does_not_wait():
