@@ -8,6 +8,7 @@ nothing and leaves the compiling to a pool of threads. What ops return in it hol
 import copy
 import logging
 import os
+import sys
 import threading
 import time
 import warnings
@@ -27,6 +28,9 @@ _MOST_THREADS = 8  # each holds some 300 MB while it compiles, and a model has a
 #: Of what makes a compiled kernel ready: another thread could launch one that is so by half.
 loading = threading.RLock()
 
+# Before 3.11.8 and 3.12.2, `ast.parse` fails now and then where two threads parse, as Triton does (cpython#106905).
+_PARSES_IN_THREADS = sys.version_info >= (3, 12, 2) or (3, 11, 8) <= sys.version_info < (3, 12)
+
 _log = logging.getLogger(__name__)
 _here = threading.local()
 
@@ -34,14 +38,17 @@ _here = threading.local()
 def threads() -> int:
     """How many compile at a time: DIROTQ_COMPILE_THREADS, or one for each processor, up to 8. 1 is no rehearsal.
 
-    Raises ValueError if the variable holds anything but a whole number from 1 on.
+    Always 1 with a Python that cannot parse in several. Raises ValueError if the variable holds anything but a whole
+    number from 1 on.
     """
     given = os.environ.get(ENVIRONMENT)
+    if given is not None and (not given.isdecimal() or int(given) < 1):
+        raise ValueError(f"{ENVIRONMENT} is {given!r}; a number of threads from 1 on is needed")
+    if not _PARSES_IN_THREADS:
+        return 1
     if given is None:
         mine = getattr(os, "sched_getaffinity", None)  # those that a container or a batch system leaves us
         return min(_MOST_THREADS, len(mine(0)) if mine else os.cpu_count() or 1)
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"{ENVIRONMENT} is {given!r}; a number of threads from 1 on is needed")
     return int(given)
 
 

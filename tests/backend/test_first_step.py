@@ -23,6 +23,7 @@ class Rehearsals:
         monkeypatch.setattr(first_step, "_compiles_for", lambda device: True)
         monkeypatch.setattr(first_step, "rehearsal", self.one)
         monkeypatch.setenv(rehearsal.ENVIRONMENT, "2")
+        monkeypatch.setattr(rehearsal, "_PARSES_IN_THREADS", True)  # nothing is parsed here
         compute = input_site.InputSite.compute
 
         def spoilt(site, x):
@@ -156,6 +157,7 @@ def test_not_with_attention_that_may_keep_what_it_sees(flux_case, helpers, rehea
 
 def test_not_without_a_gpu(flux_case, helpers, monkeypatch):
     monkeypatch.setenv(rehearsal.ENVIRONMENT, "2")
+    monkeypatch.setattr(rehearsal, "_PARSES_IN_THREADS", True)
     monkeypatch.setattr(first_step, "rehearsal", lambda: pytest.fail("rehearsed"))
     helpers.run(flux_case.load())
 
@@ -252,6 +254,7 @@ def test_copies_begin_anew_and_a_dense_model_forgets(flux_case, helpers, rehears
 
 
 @on_gpu
+@pytest.mark.skipif(not rehearsal._PARSES_IN_THREADS, reason="this Python compiles one kernel after the other")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cold_kernels_compile_in_threads(case, helpers, tmp_path, compiled):
     """And the model computes what it does without: to the last bit, from the first step on."""

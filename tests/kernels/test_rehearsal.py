@@ -50,6 +50,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch):
     monkeypatch.setenv(module.ENVIRONMENT, "2")
+    monkeypatch.setattr(module, "_PARSES_IN_THREADS", True)  # nothing is parsed here
 
 
 def test_two_compile_at_a_time_and_nothing_is_launched():
@@ -245,3 +246,7 @@ def test_number_of_threads(monkeypatch):
     monkeypatch.delattr(module.os, "sched_getaffinity")
     monkeypatch.setattr(module.os, "cpu_count", lambda: 64)
     assert threads() == 8
+    monkeypatch.setattr(module, "_PARSES_IN_THREADS", False)
+    assert threads() == 1
+    monkeypatch.setenv(module.ENVIRONMENT, "4")
+    assert threads() == 1
